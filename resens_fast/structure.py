@@ -50,3 +50,16 @@ class Structure:
         """The sha256 of everything above: two networks with the same digest accept the same sweeps."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain lists and numbers, for a manifest in JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> Structure:
+        """From `to_dict`, also after a round trip through JSON."""
+
+        def tuples(value: object) -> object:
+            return tuple(tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+        return cls(**{name: tuples(value) for name, value in values.items()})  # type: ignore[arg-type]

@@ -1,0 +1,60 @@
+"""Engines execute a plan; this room knows which there are, what each one covers and which is the fastest for a job.
+
+A new engine is one file with one `Engine` subclass, listed in `_REGISTRY` in order of preference.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import EngineError
+from .base import LOSS_SCALE, Engine, Executor, Progress, Tally
+
+if TYPE_CHECKING:
+    from ..network import ResidualNetwork
+
+__all__ = ["LOSS_SCALE", "Engine", "Executor", "Progress", "Tally", "choose", "get", "names"]
+
+# Fastest first; `auto` never takes the reference engine.
+_REGISTRY = {"torch": "TorchEngine", "reference": "ReferenceEngine"}
+
+
+def names() -> tuple[str, ...]:
+    """The engines of this package, fastest first, whether or not this machine can run them."""
+    return tuple(_REGISTRY)
+
+
+def get(name: str) -> Engine:
+    """The engine of that name; EngineError lists the names there are."""
+    if name not in _REGISTRY:
+        raise EngineError(f"unknown engine {name!r}; choose auto, {', '.join(_REGISTRY)}")
+    engine = getattr(import_module(f".{name}", __name__), _REGISTRY[name])()
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def choose(name: str, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> tuple[Engine, dict[str, str]]:
+    """The engine to use, and for each one that ``auto`` passed over the reason.
+
+    A named engine is returned or refused with EngineError, which names the block it does not cover; nothing falls
+    back in silence.
+    """
+    if name != "auto":
+        engine = get(name)
+        reason = engine.missing() or engine.refuses(net, device, dtype)
+        if reason:
+            raise EngineError(f"the {name} engine cannot run this: {reason}")
+        return engine, {}
+    passed: dict[str, str] = {}
+    for candidate in _REGISTRY:
+        if candidate == "reference":
+            continue
+        engine = get(candidate)
+        reason = engine.missing() or engine.refuses(net, device, dtype)
+        if reason is None:
+            return engine, passed
+        passed[candidate] = reason
+    raise EngineError("no engine can run this: " + "; ".join(f"{k}: {v}" for k, v in passed.items()))

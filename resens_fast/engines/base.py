@@ -1,0 +1,101 @@
+"""What every engine is: it prepares a plan for one network, and then turns images into tallies or logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ..network import ResidualNetwork
+    from ..plan import Plan
+
+LOSS_SCALE = 2**24
+"""A loss is summed as whole multiples of 1 / LOSS_SCALE, so that the sum does not depend on the order of the images."""
+
+LOSS_LIMIT = 2.0**16
+"""Larger losses of a single image count as this much, so that a sum over 2**22 images fits into 64 bits."""
+
+Progress = Callable[[float], None]
+"""Told the share of the plan done since the last call (the shares of one call of an executor add up to 1); may raise
+KeyboardInterrupt.
+"""
+
+
+class Tally(NamedTuple):
+    """Sums over images for every unique word of a plan, each int64 [W]; loss in units of 1 / LOSS_SCALE."""
+
+    errors: NDArray[np.int64]
+    loss: NDArray[np.int64]
+    nonfinite: NDArray[np.int64]
+
+    @classmethod
+    def zeros(cls, words: int) -> Tally:
+        return cls(*(np.zeros(words, dtype=np.int64) for _ in range(3)))
+
+    def add(self, other: Tally) -> None:
+        for mine, theirs in zip(self, other, strict=True):
+            mine += theirs
+
+    @classmethod
+    def gather(cls, words: int, counts: dict[int, torch.Tensor]) -> Tally:
+        """From the `count` of each word."""
+        rows = torch.stack([counts[word] for word in range(words)]).cpu().numpy()
+        return cls(*(np.ascontiguousarray(column) for column in rows.T))
+
+
+def count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Errors, loss and non-finite images of one word as int64 [3], from logits [B, K] and labels int64 [B] on one
+    device.
+
+    The prediction is the lowest index of the largest logit. An image with a non-finite logit is an error, counts as
+    non-finite and has no loss.
+    """
+    logits = logits.double()
+    finite = torch.isfinite(logits).all(dim=1)
+    prediction = (logits == logits.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").clamp(max=LOSS_LIMIT)
+    fixed = torch.round(torch.where(finite, loss, 0.0) * LOSS_SCALE).long()
+    return torch.stack([((prediction != labels) | ~finite).sum(), fixed.sum(), (~finite).sum()])
+
+
+class Executor(ABC):
+    """A plan made ready on one device for one network in eval mode; ``batch`` is the number of images it likes to be
+    given at once.
+    """
+
+    batch: int
+
+    @abstractmethod
+    def tally(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> Tally:
+        """Errors, loss and non-finite counts of every word; images [B, C, H, W] and labels int64 [B] on any device."""
+
+    @abstractmethod
+    def logits(self, images: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
+        """Logits [W, B, K] of every word on the CPU, in the engine's own precision."""
+
+
+class Engine(ABC):
+    """One way to execute plans."""
+
+    name: str
+    bitwise: bool
+    """Whether a configuration's result is bitwise the same alone or among thousands, for any batch and number of
+    threads.
+    """
+
+    def missing(self) -> str | None:
+        """Why this machine cannot run the engine, or None."""
+        return None
+
+    def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the engine does not cover this network, device or dtype, naming the block; or None."""
+        return None
+
+    @abstractmethod
+    def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
+        """Make the plan ready to run on images."""

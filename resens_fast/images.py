@@ -1,0 +1,127 @@
+"""Images and labels from whatever a PyTorch user has: a DataLoader, a Dataset or two arrays; checked before anything
+is computed on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import DataError
+from .structure import Structure
+
+_LOADER_BATCH = 256
+
+
+class ImageReader:
+    """Reads the data once, in order, in pieces of any size.
+
+    data: a DataLoader, a map-style Dataset of (image, label), or ``(images [N, C, H, W], labels [N])``.
+    ``total`` is the number of images when it can be known beforehand, else None.
+    """
+
+    def __init__(self, data: Any, structure: Structure) -> None:
+        self.structure = structure
+        self.position = 0
+        self.shuffles = False
+        self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.total: int | None
+        if isinstance(data, (tuple, list)) and len(data) == 2:
+            images, labels = (torch.as_tensor(part) for part in data)
+            self.total = len(images) if images.ndim else 0
+            self._source: Iterator[Any] = iter([(images, labels)] if self.total else [])
+        elif isinstance(data, torch.utils.data.DataLoader):
+            self.shuffles = isinstance(data.sampler, torch.utils.data.RandomSampler)
+            self.total = _length(data.dataset) if not data.drop_last else None
+            if isinstance(data.sampler, torch.utils.data.Sampler) and self.total is not None:
+                self.total = _length(data.sampler)
+            self._source = iter(data)
+        elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+            self.total = len(data)
+            if self.total == 0:
+                raise DataError("the data set is empty: it has no images")
+            self._source = iter(torch.utils.data.DataLoader(data, batch_size=_LOADER_BATCH))
+        else:
+            raise DataError(f"data must be a DataLoader, a Dataset or (images, labels), not {type(data).__name__}")
+        if self.total == 0:
+            raise DataError("the data set is empty: it has no images")
+
+    def peek(self) -> torch.Tensor:
+        """The next image [1, C, H, W] without taking it; none [0, C, H, W] at the end."""
+        self._fill(1)
+        return self._left[0][0][:1] if self._left else torch.empty(0, *self.structure.input_shape)
+
+    def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next ``count`` images [B, C, H, W] and labels int64 [B]; fewer at the end, none after it."""
+        have = self._fill(count)
+        if not self._left:
+            return torch.empty(0, *self.structure.input_shape), torch.empty(0, dtype=torch.int64)
+        images, labels = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._left, strict=True))
+        self._left = [(images[count:], labels[count:])] if have > count else []
+        self.position += min(have, count)
+        return images[:count], labels[:count]
+
+    def _fill(self, count: int) -> int:
+        have = sum(len(labels) for _, labels in self._left)
+        while have < count and (batch := next(self._source, None)) is not None:
+            self._left.append(self._check(batch))
+            have += len(self._left[-1][1])
+        return have
+
+    def _check(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(f"the data must yield (images, labels), not {type(batch).__name__}")
+        images, labels = (torch.as_tensor(part) for part in batch)
+        check_images(images, self.structure)
+        if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
+            raise DataError(
+                f"labels must be one whole number per image, shape [{len(images)}], not {labels.dtype} "
+                f"{list(labels.shape)}"
+            )
+        labels = labels.long()
+        wrong = ((labels < 0) | (labels >= self.structure.classes)).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            index = self.position + sum(len(part) for _, part in self._left) + first
+            raise DataError(
+                f"image {index} has the label {int(labels[first])}, but the network has "
+                f"{self.structure.classes} classes "
+                f"(0 to {self.structure.classes - 1}); is this the right data set?"
+            )
+        return images, labels
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def check_images(images: torch.Tensor, structure: Structure) -> None:
+    """DataError unless images are floating point [B, C, H, W] with the network's channel count."""
+    if images.ndim != 4 or images.shape[1] != structure.input_shape[0] or 0 in images.shape[1:]:
+        wanted = ", ".join(map(str, structure.input_shape))
+        raise DataError(f"images have the shape {list(images.shape)}, but the network takes [B, {wanted}]")
+    if not images.is_floating_point():
+        raise DataError(
+            f"images are {images.dtype}; normalise them to floating point first, the way the network was trained"
+        )
+
+
+class ImageHash:
+    """SHA-256 of images (as float32) and labels, in order; how they were divided into batches does not matter."""
+
+    def __init__(self) -> None:
+        self._images, self._labels = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self._images.update(np.ascontiguousarray(images.detach().cpu().float().numpy()).data)
+        self._labels.update(np.ascontiguousarray(labels.detach().cpu().long().numpy()).data)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(self._images.digest() + self._labels.digest()).hexdigest()
