@@ -27,8 +27,8 @@ def ancestors(out: fx.Node, stops: Iterable[fx.Node]) -> set[fx.Node]:
 class Piece:
     """The sub-graph from `inputs` to `out` of a traced graph, as a function of (model, *tensors).
 
-    It holds no parameters: modules, parameters and buffers are looked up in the model at each call. It never writes into
-    its inputs: where the network works in place on one, a copy is made first, unless the caller says it owns the tensor.
+    It holds no parameters: modules, parameters and buffers are looked up in the model at each call. It never writes
+    into its inputs: where the network works in place on one, a copy is made first, unless the caller owns the tensor.
     """
 
     def __init__(self, out: fx.Node, inputs: Sequence[fx.Node], model: nn.Module) -> None:
@@ -52,7 +52,9 @@ class Piece:
         env = {node: graph.placeholder(f"x{i}") for i, node in enumerate(self.inputs)}
         shared = set(self.inputs)  # nodes that may share memory with an input
         for node in self.nodes:
-            copies = {m: graph.call_method("clone", (env[m],)) for m in node.meta.get("writes", ()) if protect and m in shared}
+            copies = {
+                m: graph.call_method("clone", (env[m],)) for m in node.meta.get("writes", ()) if protect and m in shared
+            }
             env[node] = graph.node_copy(node, lambda m, c=copies: c.get(m, env[m]))  # type: ignore[misc]
             if any(m in shared and m not in copies for m in node.meta.get("alias", ())):
                 shared.add(node)
