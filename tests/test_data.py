@@ -63,7 +63,10 @@ def test_items_are_normalised_as_the_card_says_and_agree_with_tensors():
     assert abs(float(train.std()) - 1) < 0.01
 
 
-def test_limits_are_stable_nested_and_spread_over_the_classes():
+def test_limits_are_stable_nested_and_spread_over_the_classes(tmp_path):
+    write_images(tmp_path, count=30)
+    # The files are in the order of their classes: the first ten would all be of one.
+    assert 2 < int(data.open(f"folder:{tmp_path}", limit=10).labels.sum()) < 8
     small, large = data.open("digits", limit=50), data.open("digits", limit=100)
     assert torch.equal(small.images, data.open("digits", limit=50).images)
     assert {i.numpy().tobytes() for i in small.images} < {i.numpy().tobytes() for i in large.images}
