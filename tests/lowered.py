@@ -1,11 +1,10 @@
-"""Random lowered networks and what they compute, in float64: the truth beside the fused engines' kernels."""
+"""Random lowered networks; `fused.FusedNetwork.forward` on float64 is the truth beside the kernels."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
-from resens_fast.lower import Conv, FusedBlock, FusedNetwork, Head, Shortcut, Stem
+from resens_fast.fused import Conv, FusedBlock, FusedNetwork, Head, Shortcut, Stem
 
 
 def conv(g: torch.Generator, i: int, o: int, k: int = 3, stride: int = 1, padding: int | None = None, relu: bool = False, gain: float = 1.0) -> Conv:
@@ -74,51 +73,3 @@ def network(
     weight = torch.randn(classes, shape[0], generator=g) * shape[0] ** -0.5
     head = Head(scale, shift, pre, weight, torch.randn(classes, generator=g) * 0.1)
     return FusedNetwork(stem, tuple(blocks), head, image, classes)
-
-
-def _conv(c: Conv, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    y = F.conv2d(x * scale, c.weight.to(x.dtype), c.bias.to(x.dtype) * scale, c.stride, c.padding)
-    return F.relu(y) if c.relu else y
-
-
-def _affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    return F.relu(x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None])
-
-
-def run_block(b: FusedBlock, x: torch.Tensor, gate: float) -> torch.Tensor:
-    h = x if b.scale is None else _affine(x, b.scale, b.shift)
-    s = h if b.shortcut.activated else x
-    if b.shortcut.pool:
-        s = F.avg_pool2d(s, b.shortcut.pool)
-    if b.shortcut.kind == "pad":
-        s = F.pad(s[:, :, :: b.shortcut.stride, :: b.shortcut.stride], (0, 0, 0, 0, b.shortcut.before, b.shortcut.after))
-    elif b.shortcut.kind == "projection":
-        s = _conv(b.shortcut.conv, s)
-    if gate != 0.0:
-        for c in b.convs[:-1]:
-            h = _conv(c, h)
-        s = s + _conv(b.convs[-1], h, gate)
-    return F.relu(s) if b.closing_relu else s
-
-
-def stem(net: FusedNetwork, x: torch.Tensor) -> torch.Tensor:
-    for c in net.stem.convs:
-        x = _conv(c, x)
-    return F.max_pool2d(x, *net.stem.maxpool) if net.stem.maxpool else x
-
-
-def head(net: FusedNetwork, x: torch.Tensor) -> torch.Tensor:
-    if net.head.scale is not None:
-        x = x * net.head.scale.to(x.dtype)[:, None, None] + net.head.shift.to(x.dtype)[:, None, None]
-    if net.head.relu:
-        x = F.relu(x)
-    return F.linear(x.mean((2, 3)), net.head.weight.to(x.dtype), net.head.bias.to(x.dtype))
-
-
-def forward(net: FusedNetwork, x: torch.Tensor, word: list[tuple[int, float]] | None = None) -> torch.Tensor:
-    """Logits of one word, its letters (block, gate); all blocks with gate 1 by default. The dtype is that of x."""
-    letters = [(i, 1.0) for i in range(len(net.blocks))] if word is None else word
-    x = stem(net, x)
-    for i, gate in letters:
-        x = run_block(net.blocks[i], x, gate)
-    return head(net, x)

@@ -48,12 +48,12 @@ at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string
 }
 
 // images [B, C, H, W] float32, labels [B] int64 (empty: only logits), tape [T, 2] int32, gates [T] float32,
-// control [3] int64: [0] set to cancel, [1] steps x images done, [2] their number.
+// logits: the number of classes, or 0 when they stay inside; control [3] int64: [0] set to cancel, [1] steps x images done, [2] their number.
 // -> counts [3, words] int64 (errors, loss, nonfinite), logits [words, B, classes] float32 (or empty).
 // A cancelled call returns what was counted so far; the caller knows that it asked for that.
 std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::Tensor& labels, const at::Tensor& layout, const at::Tensor& packed,
                                             std::string isa, bool rounded, const at::Tensor& tape, const at::Tensor& gates, int64_t words,
-                                            int64_t threads, int64_t tile, bool logits, const at::Tensor& control) {
+                                            int64_t threads, int64_t tile, int64_t logits, const at::Tensor& control) {
   return as_value_error([&] {
     const auto network = network_of(layout, isa, rounded);
     check(images, at::kFloat, "images");
@@ -67,6 +67,7 @@ std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::
     TORCH_CHECK_VALUE(labels.numel() == images.size(0) || (logits && labels.numel() == 0), "there are ", labels.numel(), " labels for ", images.size(0), " images");
     TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(), " with ",
                       gates.numel());
+    TORCH_CHECK_VALUE(logits == 0 || logits == network.classes, "logits must be 0 or ", network.classes, ", not ", logits);
     TORCH_CHECK_VALUE(packed.numel() == network.packed_bytes && control.numel() == 3 && words >= 0, "packed has ", packed.numel(), " bytes, not ",
                       network.packed_bytes, "; or control is not [3]; or words is negative");
     at::Tensor counts = at::zeros({3, words}, at::kLong);
@@ -102,7 +103,7 @@ TORCH_LIBRARY_FRAGMENT(resens_fast, m) {
   m.def("cpu_pack(Tensor layout, Tensor raw, str isa, bool rounded) -> Tensor");
   m.def(
       "eval(Tensor images, Tensor labels, Tensor layout, Tensor packed, str isa, bool rounded, Tensor tape, Tensor gates, int words, int threads, "
-      "int tile, bool logits, Tensor(a!) control) -> (Tensor, Tensor)");
+      "int tile, int logits, Tensor(a!) control) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(resens_fast, CPU, m) {
