@@ -208,9 +208,11 @@ constexpr int kColumns = 2;  // 6 tiles x 2 vectors in 16 registers
 constexpr int kRows1 = 8, kRows2 = 6, kRows3 = 4, kRows4 = 3;
 #endif
 
-// Tiles of a chunk: V and M stay in L1 at 16 channels and in L2 above.
+// Tiles of a chunk. At 16 channels V stays in L1 (half as many cycles in the input transform as with twice the tiles);
+// above, smaller chunks would fetch the weights from L2 more often than they save (benchmarks/NOTES.md).
 RESENS_INLINE int chunk_tiles(int ci, int co) {
-  if (ci == 16 && co == 16) return 16;
+  if (ci == 16 && co == 16) return 8;
+  if (ci == 32 && co == 32) return 32;
   const int tiles = 2500000 / (144 * (ci + co)) / 8 * 8;
   return tiles > 64 ? 64 : tiles < 8 ? 8 : tiles;
 }
