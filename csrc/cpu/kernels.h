@@ -94,6 +94,7 @@ struct Kernels {
   void (*max_pool)(const MaxPoolCall&);
   void (*head)(const HeadCall&);
   int64_t (*winograd_scratch)(int depth, int out_stride);  // bytes
+  double (*multiply_adds)(int64_t rounds);                 // a yardstick: returns the operations it did
 };
 
 // Instruction sets compiled into this extension that this machine runs, best first; the portable one is always there.

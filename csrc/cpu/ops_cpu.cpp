@@ -5,7 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <cstdlib>
+#include <new>
 
 #include "kernels.h"
 #include "network.h"
@@ -27,17 +27,19 @@ resens::cpu::Network network_of(const at::Tensor& layout, const std::string& isa
 }
 
 template <typename F>
-auto as_value_error(F&& f) {
+auto with_python_errors(F&& f) {
   try {
     return f();
   } catch (const std::invalid_argument& e) {
     TORCH_CHECK_VALUE(false, e.what());
+  } catch (const std::bad_alloc&) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "There is not enough memory for the states of a tile of images on every thread; use fewer threads or smaller batches.");
   }
 }
 
 // layout: int32, raw: the folded float32 parameters it points into -> uint8, what eval reads.
 at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string isa, bool rounded) {
-  return as_value_error([&] {
+  return with_python_errors([&] {
     check(raw, at::kFloat, "raw");
     const auto network = network_of(layout, isa, rounded);
     at::Tensor packed = at::zeros({network.packed_bytes}, at::kByte);
@@ -54,7 +56,7 @@ at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string
 std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::Tensor& labels, const at::Tensor& layout, const at::Tensor& packed,
                                             std::string isa, bool rounded, const at::Tensor& tape, const at::Tensor& gates, int64_t words,
                                             int64_t threads, int64_t tile, int64_t logits, const at::Tensor& control) {
-  return as_value_error([&] {
+  return with_python_errors([&] {
     const auto network = network_of(layout, isa, rounded);
     check(images, at::kFloat, "images");
     check(labels, at::kLong, "labels");
@@ -98,7 +100,14 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
+// Executes `rounds` rounds of independent multiply-adds on registers and returns their floating-point operations: what
+// benchmarks call the peak, when they time it.
+double cpu_multiply_adds(std::string isa, int64_t rounds) {
+  return with_python_errors([&] { return resens::cpu::kernels_named(isa.c_str()).multiply_adds(rounds); });
+}
+
 TORCH_LIBRARY_FRAGMENT(resens_fast, m) {
+  m.def("cpu_multiply_adds(str isa, int rounds) -> float", &cpu_multiply_adds);
   m.def("cpu_isas() -> str[]", &cpu_isas);
   m.def("cpu_pack(Tensor layout, Tensor raw, str isa, bool rounded) -> Tensor");
   m.def(

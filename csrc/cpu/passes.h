@@ -107,4 +107,24 @@ static void head(const HeadCall& call) {
   }
 }
 
+static double multiply_adds(int64_t rounds) {
+  V sum[12];
+  V a = all(1.0001f), b = all(1e-9f);
+  RESENS_UNROLL for (int i = 0; i < 12; ++i) sum[i] = all(static_cast<float>(i));
+  for (int64_t r = 0; r < rounds; ++r) {
+    RESENS_UNROLL for (int i = 0; i < 12; ++i) {
+      sum[i] = fma(sum[i], a, b);
+#if RESENS_WIDTH == 16
+      asm volatile("" : "+v"(sum[i]));  // neither vectorised further nor left out
+#elif RESENS_WIDTH == 8
+      asm volatile("" : "+x"(sum[i]));
+#endif
+    }
+  }
+  alignas(64) float lanes[W];
+  RESENS_UNROLL for (int i = 1; i < 12; ++i) sum[0] = add(sum[0], sum[i]);
+  store(lanes, sum[0]);
+  return lanes[0] == 12345.0f ? 0.0 : 2.0 * 12 * W * static_cast<double>(rounds);
+}
+
 }  // namespace resens::cpu::RESENS_ISA

@@ -33,6 +33,7 @@ const Kernels kernels = {RESENS_NAME,
                          &pad,
                          &max_pool,
                          &head,
-                         &winograd_scratch};
+                         &winograd_scratch,
+                         &multiply_adds};
 
 }  // namespace resens::cpu::RESENS_ISA
