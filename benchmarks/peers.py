@@ -8,7 +8,7 @@ ours      the cpu engine
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -22,13 +22,12 @@ def _letters(net: rf.ResidualNetwork, configuration: rf.Configuration) -> list[i
     return [j for j in configuration.order if configuration.gates[j] != 0.0 or net.blocks[j].is_transition]
 
 
-def _loop(net: rf.ResidualNetwork, blocks: list[Callable[[torch.Tensor], torch.Tensor]], sweep: rf.Sweep, dtype: torch.dtype) -> Run:
+def _loop(net: rf.ResidualNetwork, blocks: list[Callable[[torch.Tensor], torch.Tensor]], sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
     @torch.inference_mode()
     def run(x: torch.Tensor) -> torch.Tensor:
         x = x.to(dtype, memory_format=torch.channels_last)
         rows = []
-        for i in range(len(sweep)):
-            configuration = sweep[i]
+        for configuration in sweep:
             state = net.stem(x)
             for j in _letters(net, configuration):
                 deleted = configuration.gates[j] == 0.0
@@ -45,17 +44,17 @@ def _twin(net: rf.ResidualNetwork, dtype: torch.dtype) -> rf.ResidualNetwork:
     return copy.deepcopy(net).to(dtype=dtype, memory_format=torch.channels_last).eval()  # type: ignore[no-any-return]
 
 
-def eager(net: rf.ResidualNetwork, sweep: rf.Sweep, dtype: torch.dtype) -> Run:
+def eager(net: rf.ResidualNetwork, sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
     twin = _twin(net, dtype)
     return _loop(twin, [twin.model.get_submodule(b.name) for b in twin.blocks], sweep, dtype)
 
 
-def eager_intact(net: rf.ResidualNetwork, sweep: rf.Sweep, dtype: torch.dtype) -> Run:
+def eager_intact(net: rf.ResidualNetwork, sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
     model = _twin(net, dtype).model
     return torch.inference_mode()(lambda x: model(x.to(dtype, memory_format=torch.channels_last)).float()[None])
 
 
-def autocast_intact(net: rf.ResidualNetwork, sweep: rf.Sweep, dtype: torch.dtype) -> Run:
+def autocast_intact(net: rf.ResidualNetwork, sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
     model = _twin(net, torch.float32).model
 
     @torch.inference_mode()
@@ -78,12 +77,12 @@ def _compiled(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return torch.compile(module, dynamic=False)  # type: ignore[no-any-return]
 
 
-def compile(net: rf.ResidualNetwork, sweep: rf.Sweep, dtype: torch.dtype) -> Run:
+def compile(net: rf.ResidualNetwork, sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
     twin = _twin(net, dtype)
     return _loop(twin, [_compiled(twin.model.get_submodule(b.name)) for b in twin.blocks], sweep, dtype)
 
 
-def compile_intact(net: rf.ResidualNetwork, sweep: rf.Sweep, dtype: torch.dtype) -> Run:
+def compile_intact(net: rf.ResidualNetwork, sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
     model = _compiled(_twin(net, dtype).model)
     return torch.inference_mode()(lambda x: model(x.to(dtype, memory_format=torch.channels_last)).float()[None])
 
