@@ -17,7 +17,9 @@ RESULTS: dict[str, dict[str, Any]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="a few rows without torch.compile's block by block, under two minutes")
+    parser.addoption(
+        "--quick", action="store_true", help="a few rows without torch.compile's block by block, under two minutes"
+    )
     parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="threads of every peer")
     parser.addoption("--peers", default="ours,eager,compile,planned", help="which of ours, eager, compile, planned")
     parser.addoption("--results", default=".benchmarks/cpu.json", help="where the JSON goes")
@@ -48,7 +50,10 @@ def machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), name)
+        name = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")),
+            name,
+        )
     return {"cpu": name, "isa": cpu.chosen_isa(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
@@ -65,8 +70,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     info = {**machine(), "peak_gflops": top}
     write = terminalreporter.write_line
     write("")
-    write(f"{info['cpu']}, {info['isa']}, {info['threads']} threads, torch {info['torch']}, multiply-add peak {top:.0f} GFLOP/s")
-    header = ("row", "ours, s", "vs eager", "vs compile", "vs planned", "images x configs /s", "executed GFLOP/s", "naive GFLOP/s")
+    write(
+        f"{info['cpu']}, {info['isa']}, {info['threads']} threads, torch {info['torch']}, multiply-add peak {top:.0f} GFLOP/s"  # noqa: E501
+    )
+    header = (
+        "row",
+        "ours, s",
+        "vs eager",
+        "vs compile",
+        "vs planned",
+        "images x configs /s",
+        "executed GFLOP/s",
+        "naive GFLOP/s",
+    )
     lines = [header]
     for name, r in RESULTS.items():
         s = r["seconds"]
@@ -74,8 +90,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             continue
         ratio = {p: s[p] / s["ours"] if p in s else None for p in ("eager", "compile", "planned")}
         lines.append((
-            name, f"{s['ours']:.3f}", _cell(ratio["eager"], r["goal"][0]), _cell(ratio["compile"], r["goal"][1]), _cell(ratio["planned"], 0),
-            f"{r['results'] / s['ours']:,.0f}", f"{r['executed'] / s['ours'] / 1e9:.0f}", f"{r['naive'] / s['ours'] / 1e9:.0f}",
+            name, f"{s['ours']:.3f}", _cell(ratio["eager"], r["goal"][0]), _cell(ratio["compile"], r["goal"][1]), _cell(ratio["planned"], 0),  # noqa: E501
+            f"{r['results'] / s['ours']:,.0f}", f"{r['executed'] / s['ours'] / 1e9:.0f}", f"{r['naive'] / s['ours'] / 1e9:.0f}",  # noqa: E501
         ))  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:

@@ -22,7 +22,12 @@ def _letters(net: rf.ResidualNetwork, configuration: rf.Configuration) -> list[i
     return [j for j in configuration.order if configuration.gates[j] != 0.0 or net.blocks[j].is_transition]
 
 
-def _loop(net: rf.ResidualNetwork, blocks: list[Callable[[torch.Tensor], torch.Tensor]], sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
+def _loop(
+    net: rf.ResidualNetwork,
+    blocks: list[Callable[[torch.Tensor], torch.Tensor]],
+    sweep: Sequence[rf.Configuration],
+    dtype: torch.dtype,
+) -> Run:
     @torch.inference_mode()
     def run(x: torch.Tensor) -> torch.Tensor:
         x = x.to(dtype, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Every row of rows.py on every peer: same process, same images, same configurations, results compared before timing."""
+"""Every row of rows.py on every peer: same process, images and configurations, results compared before timing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_row(index: int, peer: str, benchmark: Any, request: pytest.FixtureReque
     row = ROWS[index]
     quick = request.config.getoption("--quick")
     intact = "intact" in row.name
-    if quick and not row.quick or peer not in request.config.getoption("--peers").split(","):
+    if (quick and not row.quick) or peer not in request.config.getoption("--peers").split(","):
         pytest.skip("not asked for")
     if quick and peer == "compile" and (not intact or "110" in row.name):
         pytest.skip("compiling takes longer than the quick mode has")
@@ -78,7 +78,9 @@ def test_row(index: int, peer: str, benchmark: Any, request: pytest.FixtureReque
     for make in choices(row, peer):
         run = make(net, part, row.dtype)
         out = run(x)
-        assert float((out - truth[chosen]).abs().max()) <= tolerance * float(truth.abs().max()), "the peer computes something else"
+        assert float((out - truth[chosen]).abs().max()) <= tolerance * float(truth.abs().max()), (
+            "the peer computes something else"
+        )
         sizes = sorted({min(b, len(x)) for b in _BATCHES}) if naive_peer and intact and peer == "eager" else [len(x)]
         for size in sizes:
             batched = functools.partial(lambda run, size: [run(c) for c in x.split(size)], run, size)
@@ -95,7 +97,13 @@ def test_row(index: int, peer: str, benchmark: Any, request: pytest.FixtureReque
     executed, naive = operations(net, rf.plan(net, sweep))
     result = RESULTS.setdefault(
         row.name,
-        {"seconds": {}, "goal": row.goal, "results": len(sweep) * len(x), "executed": executed * len(x), "naive": naive * len(x), "isa": cpu.chosen_isa()},
+        {
+            "seconds": {},
+            "goal": row.goal,
+            "results": len(sweep) * len(x),
+            "executed": executed * len(x),
+            "naive": naive * len(x),
+            "isa": cpu.chosen_isa(),
+        },
     )
     result["seconds"][peer] = seconds
-

@@ -7,7 +7,16 @@ import torch
 from resens_fast.fused import Conv, FusedBlock, FusedNetwork, Head, Shortcut, Stem
 
 
-def conv(g: torch.Generator, i: int, o: int, k: int = 3, stride: int = 1, padding: int | None = None, relu: bool = False, gain: float = 1.0) -> Conv:
+def conv(
+    g: torch.Generator,
+    i: int,
+    o: int,
+    k: int = 3,
+    stride: int = 1,
+    padding: int | None = None,
+    relu: bool = False,
+    gain: float = 1.0,
+) -> Conv:
     weight = torch.randn(o, i, k, k, generator=g) * gain * (2.0 / (i * k * k)) ** 0.5
     return Conv(weight, torch.randn(o, generator=g) * 0.1, stride, k // 2 if padding is None else padding, relu)
 
@@ -17,7 +26,14 @@ def size(n: int, c: Conv) -> int:
 
 
 def block(
-    g: torch.Generator, index: int, shape: tuple[int, int, int], out: int, stride: int = 1, kind: str = "basic", pre: bool = False, shortcut: str | None = None
+    g: torch.Generator,
+    index: int,
+    shape: tuple[int, int, int],
+    out: int,
+    stride: int = 1,
+    kind: str = "basic",
+    pre: bool = False,
+    shortcut: str | None = None,
 ) -> FusedBlock:
     """A block of random weights; shortcut: identity, projection, pad (zeros behind), pad2 (zeros on both sides), pool (average pool and zeros)."""
     c, h, w = shape
@@ -25,7 +41,11 @@ def block(
         convs = (conv(g, c, out, stride=stride, relu=True), conv(g, out, out, gain=0.4))
     else:
         mid = max(1, out // 4)
-        convs = (conv(g, c, mid, 1, relu=True), conv(g, mid, mid, stride=stride, relu=True), conv(g, mid, out, 1, gain=0.4))
+        convs = (
+            conv(g, c, mid, 1, relu=True),
+            conv(g, mid, mid, stride=stride, relu=True),
+            conv(g, mid, out, 1, gain=0.4),
+        )
     if shortcut is None:
         shortcut = "identity" if stride == 1 and out == c else "projection"
     shape_out = (out, (h - 1) // stride + 1, (w - 1) // stride + 1)
@@ -66,7 +86,9 @@ def network(
     for s, width in enumerate(widths):
         for d in range(depth):
             change = s > 0 and d == 0
-            blocks.append(block(g, len(blocks), shape, width, 2 if change else 1, kind, pre, shortcut if change else None))
+            blocks.append(
+                block(g, len(blocks), shape, width, 2 if change else 1, kind, pre, shortcut if change else None)
+            )
             shape = blocks[-1].shape_out
     scale = torch.rand(shape[0], generator=g) + 0.5 if pre else None
     shift = torch.randn(shape[0], generator=g) * 0.3 if pre else None

@@ -46,10 +46,15 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("options", [{}, {"preactivation": False}, {"preactivation": False, "option": "pad"}, {"bottleneck": True, "depth": 29}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"preactivation": False}, {"preactivation": False, "option": "pad"}, {"bottleneck": True, "depth": 29}],
+)
 def test_sweeps_against_float64(options: dict) -> None:  # type: ignore[type-arg]
     net = small(**options)
-    sweep = rf.sweeps.delete_random(net, k=[1, 3], samples=4, seed=0) + rf.sweeps.swap_random(net, k=[2], samples=3, seed=0)
+    sweep = rf.sweeps.delete_random(net, k=[1, 3], samples=4, seed=0) + rf.sweeps.swap_random(
+        net, k=[2], samples=3, seed=0
+    )
     x = images()
     truth = rf.logits(net, sweep, x, engine="reference")
     eager = rf.logits(net, sweep, x, engine="torch")
@@ -57,7 +62,10 @@ def test_sweeps_against_float64(options: dict) -> None:  # type: ignore[type-arg
     bound = max(4 * error(eager, truth), 4 * 2.0**-23 * float(truth.square().mean().sqrt()))
     assert error(out, truth) <= bound
     top = truth.topk(2).values
-    assert torch.equal(out.argmax(2)[(top[..., 0] - top[..., 1]) > 2 * bound * 10], truth.argmax(2)[(top[..., 0] - top[..., 1]) > 2 * bound * 10])
+    assert torch.equal(
+        out.argmax(2)[(top[..., 0] - top[..., 1]) > 2 * bound * 10],
+        truth.argmax(2)[(top[..., 0] - top[..., 1]) > 2 * bound * 10],
+    )
 
 
 def test_the_trained_network_in_both_dtypes() -> None:
@@ -75,7 +83,10 @@ def test_the_trained_network_in_both_dtypes() -> None:
 def test_auto_takes_it_and_a_tally_agrees_with_torch(net: rf.ResidualNetwork) -> None:
     sweep = rf.sweeps.delete_random(net, k=[1, 2], samples=5, seed=1)
     data = (images(20), torch.arange(20) % 10)
-    ours, theirs = rf.evaluate(net, sweep, data, progress=False), rf.evaluate(net, sweep, data, engine="torch", progress=False)
+    ours, theirs = (
+        rf.evaluate(net, sweep, data, progress=False),
+        rf.evaluate(net, sweep, data, engine="torch", progress=False),
+    )
     assert ours.manifest["engine"]["name"] == "cpu"
     assert ours.frame["loss"].to_numpy() == pytest.approx(theirs.frame["loss"].to_numpy(), rel=1e-4)
     assert abs(ours.frame["errors"].to_numpy() - theirs.frame["errors"].to_numpy()).max() <= 1
@@ -232,7 +243,12 @@ def test_no_memory_is_an_error_and_the_process_lives() -> None:
         executor.call.tile = 1
         print(executor.logits(x[:3]).shape)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert "[1, 3, 10]" in done.stdout
 
@@ -241,5 +257,19 @@ def test_the_fake_function(net: rf.ResidualNetwork) -> None:
     plan = rf.plan(net, rf.sweeps.single(net))
     call = cpu.CpuEngine().prepare(net, plan, torch.device("cpu"), torch.float32).call  # type: ignore[attr-defined]
     x, y = images(2), torch.tensor([0, 1])
-    arguments = (x, y, call.layout, call.packed, call.isa, False, call.tape, call.gates, plan.words, 1, 0, 10, torch.zeros(3, dtype=torch.int64))
+    arguments = (
+        x,
+        y,
+        call.layout,
+        call.packed,
+        call.isa,
+        False,
+        call.tape,
+        call.gates,
+        plan.words,
+        1,
+        0,
+        10,
+        torch.zeros(3, dtype=torch.int64),
+    )
     torch.library.opcheck(torch.ops.resens_fast.eval.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ class Packed:
             rows.append((HEAD, w, 0.0))
         return torch.tensor([r[:2] for r in rows], dtype=torch.int32), torch.tensor([r[2] for r in rows])
 
-    def __call__(self, x: torch.Tensor, words: list[Letters] | None = None, threads: int = 1, tile: int = 0) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, words: list[Letters] | None = None, threads: int = 1, tile: int = 0
+    ) -> torch.Tensor:
         """Logits [W, B, K]."""
         words = [[(i, 1.0) for i in range(len(self.net.blocks))]] if words is None else words
         tape, gates = self.tape(words)
@@ -66,7 +69,9 @@ def assert_close(packed: Packed, x: torch.Tensor, out: torch.Tensor, expected: t
     """DESIGN's promise: at most four times torch's own error in the same dtype, with a floor of a few eps."""
     truth = packed.net.forward(x) if not packed.rounded else _bf16(packed.net, x)
     eps = 2.0**-8 if packed.rounded else 2.0**-23
-    bound = max(4 * rms(truth - packed.expected(x, [(i, 1.0) for i in range(len(packed.net.blocks))])), 4 * eps * rms(expected))
+    bound = max(
+        4 * rms(truth - packed.expected(x, [(i, 1.0) for i in range(len(packed.net.blocks))])), 4 * eps * rms(expected)
+    )
     assert rms(out - expected) <= bound
 
 
@@ -83,7 +88,11 @@ def _bf16(net: FusedNetwork, x: torch.Tensor) -> torch.Tensor:
 def networks(draw: st.DrawFn) -> FusedNetwork:
     widths = tuple(draw(st.lists(st.sampled_from([3, 10, 16, 17, 32, 48, 64, 65]), min_size=1, max_size=3)))
     kind = draw(st.sampled_from(["basic", "bottleneck"]))
-    wider = [s for s in ("projection", "pad", "pad2", "pool") if s == "projection" or all(a <= b for a, b in zip(widths, widths[1:]))]
+    wider = [
+        s
+        for s in ("projection", "pad", "pad2", "pool")
+        if s == "projection" or all(a <= b for a, b in itertools.pairwise(widths))
+    ]
     height, width = draw(st.integers(5, 20)), draw(st.integers(5, 20))
     shortcut = draw(st.sampled_from(wider))
     if shortcut == "pool":  # average pooling of stride 2 halves rounding down, a stride rounds up
@@ -98,7 +107,9 @@ def networks(draw: st.DrawFn) -> FusedNetwork:
 @pytest.mark.parametrize("isa", ISAS)
 @FEW
 @given(net=networks(), batch=st.integers(1, 5), data=st.data())
-def test_any_network_against_float64(isa: str, rounded: bool, net: FusedNetwork, batch: int, data: st.DataObject) -> None:
+def test_any_network_against_float64(
+    isa: str, rounded: bool, net: FusedNetwork, batch: int, data: st.DataObject
+) -> None:
     packed = Packed(net, isa, rounded)
     x = torch.randn(batch, *net.input_shape, generator=torch.Generator().manual_seed(batch))
     gates = st.sampled_from([1.0, 1.0, 0.0, 0.5, -1.25, 1e-6])
@@ -122,7 +133,9 @@ def test_any_network_against_float64(isa: str, rounded: bool, net: FusedNetwork,
         ((16, 32), (3, 64, 48), {"imagenet": True, "classes": 33}),
     ],
 )
-def test_shapes_against_float64(isa: str, rounded: bool, widths: tuple[int, ...], image: tuple[int, int, int], options: dict) -> None:  # type: ignore[type-arg]
+def test_shapes_against_float64(
+    isa: str, rounded: bool, widths: tuple[int, ...], image: tuple[int, int, int], options: dict
+) -> None:  # type: ignore[type-arg]
     packed = Packed(lowered.network(1, widths, 2, image, **options), isa, rounded)
     x = torch.randn(4, *image, generator=torch.Generator().manual_seed(0))
     out = packed(x)[0]
@@ -155,13 +168,19 @@ def test_wide_kernels_and_no_padding() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("options", [{}, {"pre": True, "kind": "bottleneck", "widths": (32, 48)}, {"widths": (17, 32), "image": (3, 13, 18)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"pre": True, "kind": "bottleneck", "widths": (32, 48)}, {"widths": (17, 32), "image": (3, 13, 18)}]
+)
 def test_the_same_bits_in_any_company(isa: str, options: dict) -> None:  # type: ignore[type-arg]
     for rounded in (False, True):
         packed = Packed(lowered.network(3, **options), isa, rounded)
         n = len(packed.net.blocks)
         x = torch.randn(21, *packed.net.input_shape, generator=torch.Generator().manual_seed(0))
-        words: list[Letters] = [[(i, 1.0) for i in range(n)], [(i, 0.0 if i == 1 else 0.7) for i in range(n)], [(i, 0.0 if i == 2 else 1.0) for i in range(n)]]
+        words: list[Letters] = [
+            [(i, 1.0) for i in range(n)],
+            [(i, 0.0 if i == 1 else 0.7) for i in range(n)],
+            [(i, 0.0 if i == 2 else 1.0) for i in range(n)],
+        ]
         together = packed(x, words)
         for threads, tile in ((2, 0), (3, 1), (2, 5), (1, 21)):
             assert torch.equal(packed(x, words, threads, tile), together)
@@ -184,7 +203,9 @@ def test_nan_stays_with_its_image(isa: str) -> None:
         x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         clean = packed(x)[0]
         x[1, 0, 3, 4], x[3, 2, 31, 31] = float("nan"), float("inf")
-        x[4, 1, 0, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounds to zero if it is not looked at
+        x[4, 1, 0, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(
+            torch.float32
+        )  # rounds to zero if it is not looked at
         out = packed(x)[0]
         assert not torch.isfinite(out[[1, 3, 4]]).any()
         assert torch.equal(out[[0, 2]], clean[[0, 2]])
@@ -217,7 +238,9 @@ def test_cancelled_before_it_starts() -> None:
     tape, gates = packed.tape([[(i, 1.0) for i in range(6)]])
     control = torch.tensor([1, 0, 0])
     x = torch.randn(4, 3, 32, 32)
-    counts, _ = OPS.eval(x, torch.zeros(4, dtype=torch.int64), packed.layout, packed.packed, "", False, tape, gates, 1, 2, 0, 0, control)
+    counts, _ = OPS.eval(
+        x, torch.zeros(4, dtype=torch.int64), packed.layout, packed.packed, "", False, tape, gates, 1, 2, 0, 0, control
+    )
     assert counts.sum() == 0
     assert control[1] == 0
     assert control[2] > 0
@@ -232,7 +255,10 @@ def test_cancelled_before_it_starts() -> None:
         (lambda a: a.update(labels=torch.tensor([0])), "1 labels for 2 images"),
         (lambda a: a.update(tape=torch.tensor([[RUN, 9]], dtype=torch.int32), gates=torch.ones(1)), "block 9 of 6"),
         (lambda a: a.update(tape=torch.tensor([[RUN, 3]], dtype=torch.int32), gates=torch.ones(1)), "another shape"),
-        (lambda a: a.update(tape=torch.tensor([[RESTORE, 0]], dtype=torch.int32), gates=torch.ones(1)), "before it is saved"),
+        (
+            lambda a: a.update(tape=torch.tensor([[RESTORE, 0]], dtype=torch.int32), gates=torch.ones(1)),
+            "before it is saved",
+        ),
         (lambda a: a.update(tape=torch.tensor([[HEAD, 1]], dtype=torch.int32), gates=torch.ones(1)), "word 1 of 1"),
         (lambda a: a.update(isa="sse9"), "RESENS_FAST_ISA"),
         (lambda a: a.update(layout=torch.tensor([7], dtype=torch.int32)), "another version"),
@@ -242,7 +268,7 @@ def test_wrong_arguments_are_named(change, message: str) -> None:  # type: ignor
     packed = Packed(lowered.network(4))
     tape, gates = packed.tape([[(i, 1.0) for i in range(6)]])
     arguments = {
-        "images": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.int64), "layout": packed.layout, "packed": packed.packed,
+        "images": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.int64), "layout": packed.layout, "packed": packed.packed,  # noqa: E501
         "isa": "", "rounded": False, "tape": tape, "gates": gates, "words": 1, "threads": 1, "tile": 0, "logits": 0,
         "control": torch.zeros(3, dtype=torch.int64),
     }  # fmt: skip

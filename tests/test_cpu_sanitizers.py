@@ -11,8 +11,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX") or shutil.which("c++") or ""
-FLAGS = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
-ISAS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g",
+    "-ffp-contract=off",
+    "-w",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    f"-I{ROOT / 'csrc'}",
+]
+ISAS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
 
 
 @pytest.mark.slow
@@ -23,8 +35,13 @@ def test_no_sanitizer_complains(tmp_path: Path) -> None:
     isas = [isa for isa in ISAS if (isa if isa == "avx2" else "avx512vl") in have]
     common = [*FLAGS, *(f"-DRESENS_{isa.upper()}" for isa in isas)]
     cpu = ROOT / "csrc" / "cpu"
-    jobs = [(cpu / f"{stem}.cpp", []) for stem in ("network", "pack", "program", "block", "eval", "dispatch", "conv_portable")]
-    jobs += [(cpu / f"conv_{isa}.cpp", ISAS[isa]) for isa in isas] + [(ROOT / "csrc" / "testing" / "cpu_driver.cpp", [])]
+    jobs = [
+        (cpu / f"{stem}.cpp", [])
+        for stem in ("network", "pack", "program", "block", "eval", "dispatch", "conv_portable")
+    ]
+    jobs += [(cpu / f"conv_{isa}.cpp", ISAS[isa]) for isa in isas] + [
+        (ROOT / "csrc" / "testing" / "cpu_driver.cpp", [])
+    ]
     objects = []
     for source, more in jobs:
         objects.append(str(tmp_path / f"{source.stem}.o"))

@@ -70,22 +70,29 @@ def _register_fake() -> None:
 class Call:
     """One network's weights and one tape, ready for the op; `tile` images at a time (0: chosen)."""
 
-    def __init__(self, weights: Packed, isa: str, rounded: bool, tape: np.ndarray, gates: np.ndarray, words: int) -> None:
+    def __init__(
+        self, weights: Packed, isa: str, rounded: bool, tape: np.ndarray, gates: np.ndarray, words: int
+    ) -> None:
         assert weights.fused is not None
         self.layout, self.packed = weights.layout, weights.weights(isa, rounded)
         self.isa, self.rounded, self.words, self.classes = isa, rounded, words, weights.fused.classes
         self.tape = torch.from_numpy(np.ascontiguousarray(tape, dtype=np.int32).reshape(-1, 2))
         self.gates = torch.from_numpy(np.ascontiguousarray(gates, dtype=np.float32))
         self.tile = 0
-        costs = [sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2] for b in weights.fused.blocks]
+        costs = [
+            sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2]
+            for b in weights.fused.blocks
+        ]
         runs = self.tape[self.tape[:, 0] == RUN, 1].numpy()
         self.seconds = float(np.asarray([*costs, 0.0])[runs].sum()) / _RATE  # of one image on one thread, roughly
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor | None, control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor | None, control: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts int64 [3, W], and logits float32 [W, B, K] when there are no labels; the GIL is free meanwhile."""
         none = torch.empty(0, dtype=torch.int64)
         return torch.ops.resens_fast.eval(  # type: ignore[no-any-return]
-            images, none if labels is None else labels, self.layout, self.packed, self.isa, self.rounded, self.tape, self.gates,
+            images, none if labels is None else labels, self.layout, self.packed, self.isa, self.rounded, self.tape, self.gates,  # noqa: E501
             self.words, torch.get_num_threads(), self.tile, self.classes if labels is None else 0, control,
         )  # fmt: skip
 
@@ -130,12 +137,14 @@ class CpuExecutor(Executor):
         images = int(_CALL_SECONDS * threads / max(self.call.seconds, 1e-9)) // (_TILE * threads) * _TILE * threads
         self.batch = min(max(images, _TILE), _MOST_IMAGES)
 
-    def _run(self, images: torch.Tensor, labels: torch.Tensor | None, progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(
+        self, images: torch.Tensor, labels: torch.Tensor | None, progress: Progress | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         control = torch.zeros(3, dtype=torch.int64)
         images = images.detach().to("cpu", torch.float32).contiguous()
         if labels is not None:
             labels = labels.detach().to("cpu", torch.int64).contiguous()
-        return _interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]
+        return _interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]  # noqa: E501
 
     def tally(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> Tally:
         if len(images) == 0:
@@ -188,9 +197,18 @@ class FastForward:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
         net = self.net
-        if x.device.type != "cpu" or x.dtype != torch.float32 or tuple(x.shape[1:]) != tuple(net.input_shape) or len(x) == 0:
+        if (
+            x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or tuple(x.shape[1:]) != tuple(net.input_shape)
+            or len(x) == 0
+        ):
             return None
-        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        if (
+            torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        ):
             return None
         if net.dtype != torch.float32 or net.device.type != "cpu" or CpuEngine().missing() is not None:
             return None

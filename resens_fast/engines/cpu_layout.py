@@ -42,7 +42,9 @@ class _Writer:
         self.tensor(conv.bias)
 
     def shortcut(self, shortcut: Shortcut, closing_relu: bool) -> None:
-        self.put(_SHORTCUTS[shortcut.kind], shortcut.stride, shortcut.before, shortcut.pool, shortcut.activated, closing_relu)
+        self.put(
+            _SHORTCUTS[shortcut.kind], shortcut.stride, shortcut.before, shortcut.pool, shortcut.activated, closing_relu
+        )
         if shortcut.conv is not None:
             self.conv(shortcut.conv)
 

@@ -1,4 +1,4 @@
-"""Lowered and packed weights of networks, kept until a parameter or buffer changes; shared by evaluations and `net(x)`."""
+"""Lowered and packed weights of networks, kept until a parameter or buffer changes."""
 
 from __future__ import annotations
 
