@@ -35,7 +35,7 @@ def block(
     pre: bool = False,
     shortcut: str | None = None,
 ) -> FusedBlock:
-    """A block of random weights; shortcut: identity, projection, pad (zeros behind), pad2 (zeros on both sides), pool (average pool and zeros)."""
+    """A block of random weights; shortcut: identity, projection, pad (behind), pad2 (both sides), pool (and pad)."""
     c, h, w = shape
     if kind == "basic":
         convs = (conv(g, c, out, stride=stride, relu=True), conv(g, out, out, gain=0.4))

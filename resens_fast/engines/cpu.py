@@ -144,7 +144,7 @@ class CpuExecutor(Executor):
         images = images.detach().to("cpu", torch.float32).contiguous()
         if labels is not None:
             labels = labels.detach().to("cpu", torch.int64).contiguous()
-        return _interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]  # noqa: E501
+        return _interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]
 
     def tally(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> Tally:
         if len(images) == 0:
