@@ -63,7 +63,9 @@ class ResidualNetwork(nn.Module):
         self.blocks = tuple(Block(block, model) for block in recipe.blocks)
         self.structure = recipe.structure
         self.input_shape = recipe.structure.input_shape
-        self.fast_forward = None
+        from resens_fast.engines.cpu import FastForward
+
+        self.fast_forward = FastForward(self)
 
     def stem(self, x: Tensor) -> Tensor:
         """The state [B, C, H, W] that the first block receives, for images [B, C, H, W]."""
