@@ -19,6 +19,12 @@ from resens_fast.trace import trace
 
 TOLERANCE = 1e-9  # of the largest logit, in float64: the pieces do the same operations, only a highway's order differs
 
+OUTER = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+    torch._dynamo.OptimizedModule: "_orig_mod",
+}
+
 
 def wrap(model: nn.Module, example: Tensor | None = None) -> ResidualNetwork:
     """Find the residual blocks of a classifier and return it as a ResidualNetwork, checked on a probe batch.
@@ -34,6 +40,11 @@ def wrap(model: nn.Module, example: Tensor | None = None) -> ResidualNetwork:
         raise WrapError(f"wrap() needs a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise WrapError("wrap() cannot look into a TorchScript module; pass the Python model it was made from")
+    for kind, inner in OUTER.items():
+        if isinstance(model, kind):
+            raise WrapError(f"wrap() cannot look into {type(model).__name__}; pass model.{inner}")
+    if any(p.is_meta for p in itertools.chain(model.parameters(), model.buffers())):
+        raise WrapError("the model is on the meta device, which keeps no values; load its weights first")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         twin = _double_copy(model)
@@ -87,7 +98,7 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
         probe = images((channels, size, size))
         try:
             with torch.no_grad():
-                model(probe)
+                model(probe.clone())
             return probe
         except Exception as error:
             reason = reason or _first_line(error)
@@ -100,7 +111,7 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
 def _run_model(model: nn.Module, images: Tensor) -> Tensor:
     try:
         with torch.no_grad():
-            logits = model(images)
+            logits = model(images.clone())  # some models write into their input
     except Exception as error:
         raise WrapError(f"the model fails on images of shape {tuple(images.shape)}: {_first_line(error)}") from error
     if not isinstance(logits, Tensor):
@@ -203,11 +214,16 @@ def _verify(recipe: Recipe, model: nn.Module, images: Tensor, expected: Tensor) 
         for block in recipe.blocks:
             state = Block(block, model).run(state)
         logits = recipe.head(model, state)
-        again = model(images)
+        again = model(images.clone())
     scale = max(1.0, float(expected.abs().max()))
     if float((again - expected).abs().max()) > TOLERANCE * scale:
         raise WrapError(
             "the model gives different logits for the same images in eval mode; wrap() needs a deterministic model"
+        )
+    if float((_run_model(model, images[:1]) - expected[:1]).abs().max()) > TOLERANCE * scale:
+        raise WrapError(
+            "the model's logits of an image change with the other images of the batch (a norm without running "
+            "statistics?); wrap() needs a model that looks at each image alone"
         )
     difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE * scale:
