@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import resens_fast as rf
 from resens_fast import sweeps
 from resens_fast.engines.base import LOSS_LIMIT, LOSS_SCALE, Tally, count
-from resens_fast.errors import DataError, EngineError, SweepError
+from resens_fast.errors import DataError, EngineError, SweepError, WrapError
 from tests.conftest import small_resnet
 
 NETS = {
@@ -149,6 +149,26 @@ def test_engine_errors(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
         rf.logits(net, [1], images)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"\[40, 16, 16\]"):
         rf.logits(net, sweeps.intact(net), images[:, 0])
+
+
+def test_engine_options_that_cannot_be(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
+    sweep = sweeps.intact(net)
+    with pytest.raises(EngineError, match="dtype must be a torch.dtype such as torch.float32, not 'float32'"):
+        rf.logits(net, sweep, images, dtype="float32")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="16 bits or more, not torch.float8"):
+        rf.logits(net, sweep, images, dtype=torch.float8_e4m3fn)
+    for device in ("no-such-device", "meta"):
+        with pytest.raises(EngineError, match=f"the device '{device}' cannot be used"):
+            rf.logits(net, sweep, images, device=device)
+    with pytest.raises(WrapError, match=r"not ResNet; call resens_fast\.wrap"):
+        rf.logits(net.model, sweep, images)  # type: ignore[arg-type]
+
+
+def test_the_dtype_is_the_one_that_was_asked_for_under_autocast(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
+    sweep = sweeps.single(net)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = rf.logits(net, sweep, images)
+    torch.testing.assert_close(found, rf.logits(net, sweep, images))
 
 
 def test_training_flags_and_weights_are_left_alone(images: torch.Tensor, labels: torch.Tensor) -> None:

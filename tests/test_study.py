@@ -308,6 +308,13 @@ def test_no_space_left(
         (lambda x, y: x, "must yield|must be a DataLoader"),
         (lambda x, y: 7, "not int"),
         (lambda x, y: None, "not NoneType"),
+        (lambda x, y: (None, y), "images must be a tensor or an array of numbers, not NoneType"),
+        (lambda x, y: (x, ["cat"] * 40), "labels must be a tensor or an array of numbers, not list"),
+        (lambda x, y: (x.to("meta"), y), "dense tensor with values"),
+        (lambda x, y: (x.to_sparse(), y), "dense tensor with values"),
+        (lambda x, y: [(object(), 0)] * 9, "<class 'object'>; give it a transform"),
+        (lambda x, y: [(x[0], 0), (x[1, :, 2:], 0), (x[2], 0)], "different sizes, .*; resize or crop"),
+        (lambda x, y: DataLoader([(x[0], 0), (x[1, :, 2:], 0), (x[2], 0)]), "different sizes, .*; resize or crop"),
     ],
 )
 def test_bad_data(
