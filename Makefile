@@ -78,7 +78,8 @@ $(STAMPS)/installed: pyproject.toml .ci/missing.py | $(STAMPS)/python
 	    echo "installing:" $$(cat $(STAMPS)/missing.txt); \
 	    $(PIP) install -q -c $(STAMPS)/present.txt -r $(STAMPS)/missing.txt; fi; done
 ifneq ($(VENV),0)
-	@RESENS_FAST_EXTENSION=0 $(PIP) install -q --no-build-isolation --no-deps -e .
+	@RESENS_FAST_EXTENSION=0 $(PIP) install -q --no-build-isolation --no-deps -e . > $(STAMPS)/log.txt 2>&1 \
+	  || { cat $(STAMPS)/log.txt >&2; exit 2; }
 endif
 	@touch $@
 
