@@ -1,0 +1,6 @@
+// Tape kernels with bf16 operands, one and two images per CTA.
+#include "tape_launch.cuh"
+
+namespace resens::cuda {
+int launch_tape_bf16(const Arguments& arguments, int images, int ctas, void* stream) { return launch_tape<Bf16>(arguments, images, ctas, stream); }
+}  // namespace resens::cuda
