@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc"
 FAILURES = ("races", "uninitialised", "out_of_range", "misaligned", "deadlocks")
 COUNTS = ("mma", "ldmatrix", "lds128", "sts32", "cp_async", "barriers", "shuffles")
 SAVE, RESTORE, RUN, SHORTCUT, HEAD = range(5)
-KERNEL_SAVE, KERNEL_HEAD = 1, 6
+KERNEL_SAVE, KERNEL_HEAD, KERNEL_END = 1, 6, 7
 
 
 def cache_folder() -> Path:
@@ -149,18 +149,21 @@ class Host:
         names = dict(zip(FAILURES, report[:5].tolist(), strict=True)), dict(zip(COUNTS, report[5:].tolist(), strict=True))
         return Result(tally, logits, slots, *names)
 
-    def states_of(self, packed, program: Program, states, images: int, words: int, **more) -> tuple[list[np.ndarray], Result]:
-        """The state [images, C, H, W] at every HEAD, by storing it into the slot of the word's number instead."""
-        tape = _aligned(program.tape)
-        heads = (tape[:, 0] & 255) == KERNEL_HEAD
-        assert program.slots == 0, "for tapes without a branch"
-        tape[heads, 0] += KERNEL_SAVE - KERNEL_HEAD
-        changed = Program(tape, program.chunks, program.parts, program.cost, words)
-        result = self.run(packed, changed, states, np.zeros(len(states)), words, images, **more)
-        out: list[np.ndarray] = [np.zeros(0)] * words
-        for code, word in tape[heads][:, :2].tolist():
-            stage = code >> 8 & 255
-            value = np.zeros((images, 16 << stage, 32 >> stage, 32 >> stage), np.float32)
-            self.library.rf_read_slot(images, stage, _pointer(result.slots[0, word]), _pointer(value))
-            out[word] = value
+    def trace(self, packed, program: Program, states, images: int, **more) -> tuple[list[np.ndarray], Result]:
+        """The state [images, C, H, W] after every instruction of a tape without a branch: a SAVE is put behind each."""
+        assert program.slots == 0 and len(program.parts) == 1
+        rows, stages = [], []
+        for row in program.tape:
+            code = int(row[0])
+            if code & 255 in (KERNEL_HEAD, KERNEL_END):
+                continue
+            rows += [row, np.array([KERNEL_SAVE | code & 0xFF00, len(stages), 0, 0], np.int32)]
+            stages.append(code >> 8 & 255)
+        tape = _aligned(np.stack([*rows, np.array([KERNEL_END, 0, 0, 0], np.int32)]))
+        changed = Program(tape, program.chunks, program.parts, program.cost, len(stages))
+        result = self.run(packed, changed, states, np.zeros(len(states)), 1, images, **more)
+        out = []
+        for slot, stage in enumerate(stages):
+            out.append(np.zeros((images, 16 << stage, 32 >> stage, 32 >> stage), np.float32))
+            self.library.rf_read_slot(images, stage, _pointer(result.slots[0, slot]), _pointer(out[-1]))
         return out, result

@@ -1,0 +1,68 @@
+"""The host harness catches planted bugs: the kernel is built with each of them and must fail."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from resens_fast.engines.cuda_pack import pack
+
+from .cuda_host import CSRC, Host, build, mutated
+from .cuda_nets import network
+from .test_cuda_host import WORDS, channels_last, reference_logits, stem_like, tape_of
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the host harness needs g++")
+
+MUTATIONS = {
+    "dropped barrier in the weight ring": ("conv.cuh", "barrier();\n    int s = slot;", "int s = slot;"),
+    "dropped wait": ("conv.cuh", "cp_async_wait<kRingSlots - 2>();", ""),
+    "wait one group short": ("conv.cuh", "cp_async_wait<kRingSlots - 2>();", "cp_async_wait<kRingSlots - 1>();"),
+    "wrong ring slot": ("conv.cuh", "issue(s == 0 ? kRingSlots - 1 : s - 1);", "issue(s);"),
+    "halo not zeroed": ("geometry.cuh", "y = 1 + (j >> 1);", "continue;"),
+    "halo not zeroed at a transition": (
+        "block.cuh",
+        "// X and Y have been read in the old layout\n  zero_halo<G>(X, thread_id());",
+        "",
+    ),
+    "dropped barrier before a transition": ("block.cuh", "barrier();  // other warps may still read Y in the block before", ""),
+    "dropped barrier within a transition": ("block.cuh", "barrier();  // X and Y have been read in the old layout", ""),
+    "dropped barrier in the head": ("head.cuh", "barrier();  // the next HEAD writes the sums", ""),
+    "bias without the gate": ("block.cuh", "v.x *= gate;", ""),
+    "tap of the wrong column": ("conv.cuh", "first * G::kPitch + dx * 16 +", "first * G::kPitch + (2 - dx) * 16 +"),
+    "misaligned ring": ("interpreter.cuh", "ring = Y + kBuffer,", "ring = Y + kBuffer + 8,"),
+    "prefetch past the list": ("program.cpp", "for (int i = 0; i < kRingSlots; i++) out.chunks", "for (int i = 0; i < 0; i++) out.chunks"),
+    "ring longer than shared memory": ("tape.h", "constexpr int kRingSlots = 4;", "constexpr int kRingSlots = 4;\n#define kRingSlots 6"),
+}  # fmt: skip
+
+
+def caught(host: Host) -> str | None:
+    """What is wrong with this build on the mixed tape, or None."""
+    net = network(seed=6, shortcut="projection")
+    net.blocks[2].shortcut.conv = None
+    net.blocks[2].shortcut.kind, net.blocks[2].shortcut.before, net.blocks[2].shortcut.after = "pad", 8, 8
+    packed = pack(net, torch.bfloat16)
+    x = stem_like(2, 8)
+    words = [*WORDS[:5], WORDS[0]]
+    tape, gates = tape_of(words)
+    program = host.program(packed, tape, gates, 2)
+    result = host.run(packed, program, channels_last(x), [1, 5], len(words), 2)
+    for name, count in result.failures.items():
+        if count:
+            return name
+    want = reference_logits(net, torch.bfloat16, x, words)
+    error = np.sqrt(np.square(result.logits - want).mean() / np.square(want).mean())
+    return None if error < 1e-3 else f"values off by {error:.1e}"
+
+
+def test_the_kernel_as_it_is_passes() -> None:
+    assert caught(Host(build(CSRC, "-O1", "-march=native", "-DRF_ONLY_TWO_IMAGES_BF16"))) is None
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(name: str) -> None:
+    verdict = caught(Host(mutated(name, *MUTATIONS[name])))
+    print(f"{name}: {verdict}")
+    assert verdict is not None
