@@ -1,0 +1,1 @@
+"""Triton kernels of resens_fast; installed, and imported, as ``resens_fast.kernels``."""

@@ -1,0 +1,76 @@
+"""`resens train`: an architecture or module:factory, trained into a folder that lesion and reorder take as MODEL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import architecture
+from .loading import check_channels, torch_device
+from .oneline import State
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line gave; None stands for a default that depends on the data set."""
+
+    epochs: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    crop: int | None
+    flip: bool | None
+    dtype: str
+    seed: int
+
+
+def train(
+    state: State,
+    model: str,
+    data: str,
+    out: Path,
+    options: Options,
+    resume: bool,
+    device: str | None,
+    limit: int | None,
+) -> None:
+    """Train and say where the weights are.  Raises ModelError and DataError with the sentence to print."""
+    import torch
+
+    from .. import data as datasets
+    from ..training import Recipe
+    from ..training import train as run
+
+    where = torch_device(device)
+    # A digit is no longer the same digit when it is mirrored, and 8 x 8 pixels leave little to crop.
+    digits = data == "digits"
+    recipe = Recipe(
+        epochs=options.epochs,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        crop=options.crop if options.crop is not None else (1 if digits else 4),
+        flip=options.flip if options.flip is not None else not digits,
+        dtype=options.dtype,
+        seed=options.seed,
+    )
+    images: Any = datasets.open(data, train=True, limit=limit)
+    test: Any = datasets.open(data, train=False, card={"mean": images.mean.flatten(), "std": images.std.flatten()})
+    card = architecture.describe(model, len(images.classes), images[0][0].shape[0])
+    torch.manual_seed(options.seed)
+    network = architecture.build(card)
+    check_channels(network, images, model)
+    state.out, state.resume = (
+        str(out),
+        f"finished epochs are kept in {out}: run the same command with --resume to go on",
+    )
+    parameters = sum(p.numel() for p in network.parameters())
+    print(
+        f"{model}: {parameters:,} parameters, {len(images):,} training and {len(test):,} test images of {data}",
+        flush=True,
+    )
+    trained = run(network, images, test, out, recipe, resume=resume, device=where, card={"name": model, **card})
+    print(f"test error {100 * trained.error:.2f} % after {recipe.epochs} epochs")
+    print(f"wrote {out / 'weights.safetensors'} and {out / 'card.json'}")
+    print(f"next: resens lesion {out} --data {data} --out {out}-lesion")
