@@ -34,7 +34,7 @@ MUTATIONS = {
     "tap of the wrong column": ("conv.cuh", "first * G::kPitch + dx * 16 +", "first * G::kPitch + (2 - dx) * 16 +"),
     "misaligned ring": ("interpreter.cuh", "ring = Y + kBuffer,", "ring = Y + kBuffer + 8,"),
     "prefetch past the list": ("program.cpp", "for (int i = 0; i < kRingSlots; i++) out.chunks", "for (int i = 0; i < 0; i++) out.chunks"),
-    "ring longer than shared memory": ("tape.h", "constexpr int kRingSlots = 4;", "constexpr int kRingSlots = 4;\n#define kRingSlots 6"),
+    "head behind the end of shared memory": ("interpreter.cuh", "head = ring + kRingSlots * kSlotBytes,", "head = ring + kRingSlots * kSlotBytes + 65536,"),
 }  # fmt: skip
 
 
@@ -61,7 +61,17 @@ def test_the_kernel_as_it_is_passes() -> None:
     assert caught(Host(build(CSRC, "-O1", "-march=native", "-DRF_ONLY_TWO_IMAGES_BF16"))) is None
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+EVERY_TIME = {
+    "dropped barrier in the weight ring",
+    "dropped wait",
+    "wrong ring slot",
+    "halo not zeroed at a transition",
+    "dropped barrier before a transition",
+    "head behind the end of shared memory",
+}
+
+
+@pytest.mark.parametrize("name", [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in MUTATIONS])
 def test_mutation_is_caught(name: str) -> None:
     verdict = caught(Host(mutated(name, *MUTATIONS[name])))
     print(f"{name}: {verdict}")
