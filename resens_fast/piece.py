@@ -66,16 +66,16 @@ class Piece:
         result: torch.Tensor = (self._own if own else self._safe)(model, *inputs)
         return result
 
+    def path(self) -> tuple[fx.Node, ...]:
+        """The operations on tensors of the flow, without parameters and sizes."""
+        return tuple(node for node in self.nodes if node.op != "get_attr" and "shape" in node.meta)
+
     def chain(self) -> tuple[str, ...] | None:
         """The roles along the piece if it is one chain of operations, else None."""
         steps: list[str] = []
         previous: set[fx.Node] = set(self.inputs)
-        for node in self.nodes:
-            if node.op == "get_attr":
-                continue
-            if not previous.intersection(node.all_input_nodes):
-                return None
-            if len([m for m in node.all_input_nodes if m.op != "get_attr"]) != 1:
+        for node in self.path():
+            if previous != {m for m in node.all_input_nodes if m.op != "get_attr" and "shape" in m.meta}:
                 return None
             steps += self.roles[node]
             previous = {node}
@@ -99,12 +99,13 @@ def _parameters(nodes: Iterable[fx.Node], model: nn.Module) -> frozenset[str]:
         target = str(node.target)
         if node.op == "call_module":
             names.update(f"{target}.{name}" for name, _ in model.get_submodule(target).named_parameters())
-        elif node.op == "get_attr" and isinstance(_attribute(model, target), nn.Parameter):
+        elif node.op == "get_attr" and isinstance(attribute(model, target), nn.Parameter):
             names.add(target)
     return frozenset(names)
 
 
-def _attribute(model: nn.Module, path: str) -> Any:
+def attribute(model: nn.Module, path: str) -> Any:
+    """The parameter, buffer or other member of a model under a qualified name."""
     value: Any = model
     for part in path.split("."):
         value = getattr(value, part)

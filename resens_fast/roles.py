@@ -65,8 +65,11 @@ def _module_roles(module: nn.Module, node: fx.Node) -> tuple[str, ...]:
             return ("gap",) if role == "adaptive" and _is_global(node) else (role,)
     if node.meta.get("nothing"):
         return ("drop",)
-    parameters = next(module.parameters(), None) is not None
-    return ("relu",) if not parameters and behaves_as_relu(module) else ("other",)
+    if next(module.parameters(), None) is not None:
+        return ("other",)
+    if behaves_as_relu(module):
+        return ("relu",)
+    return ("gap",) if _is_global(node) and behaves_as_mean(module) else ("other",)
 
 
 def _norm_roles(module: nn.Module) -> tuple[str, ...]:
@@ -97,6 +100,16 @@ def behaves_as_relu(function: Any) -> bool:
     try:
         with torch.no_grad():
             return bool(torch.equal(function(x.clone()), x.clamp(min=0)))
+    except Exception:  # it does not accept such a tensor, so it is something else
+        return False
+
+
+def behaves_as_mean(function: Any) -> bool:
+    """Whether a parameter-free operation averages over pixels."""
+    x = torch.linspace(-2, 3, 2 * 4 * 6 * 6, dtype=torch.float64).square().reshape(2, 4, 6, 6)
+    try:
+        with torch.no_grad():
+            return bool(torch.allclose(function(x.clone()).flatten(1), x.mean((2, 3))))
     except Exception:  # it does not accept such a tensor, so it is something else
         return False
 
