@@ -107,11 +107,22 @@ class Host:
         blocks = np.ascontiguousarray(packed.blocks.numpy())
         sizes = np.zeros(4, np.int64)
         bad = self.library.rf_build(
-            _pointer(tape), _pointer(gates), ctypes.c_int64(len(tape)), _pointer(blocks), len(blocks), images, parts, _pointer(sizes)
+            _pointer(tape),
+            _pointer(gates),
+            ctypes.c_int64(len(tape)),
+            _pointer(blocks),
+            len(blocks),
+            images,
+            parts,
+            _pointer(sizes),
         )
         if bad:
             raise ValueError(self.library.rf_error().decode())
-        out = Program(*(_aligned(np.zeros((n, w), np.int32)) for n, w in zip(sizes[:3], (4, 2, 2), strict=True)), np.zeros(sizes[2]), int(sizes[3]))
+        out = Program(
+            *(_aligned(np.zeros((n, w), np.int32)) for n, w in zip(sizes[:3], (4, 2, 2), strict=True)),
+            np.zeros(sizes[2]),
+            int(sizes[3]),
+        )
         self.library.rf_copy(_pointer(out.tape), _pointer(out.chunks), _pointer(out.parts), _pointer(out.cost))
         return out
 
@@ -122,36 +133,63 @@ class Host:
         states = _aligned(np.full((padded, 32, 32, 16), np.nan, np.float32))
         report, sizes = np.zeros(12, np.int64), np.array([x.nbytes, p.nbytes, states.nbytes], np.int64)
         self.library.rf_stem(
-            _pointer(x), _pointer(p), _pointer(states), _pointer(sizes), n, padded, packed.in_channels, int(packed.stem_relu), _pointer(report)
+            _pointer(x),
+            _pointer(p),
+            _pointer(states),
+            _pointer(sizes),
+            n,
+            padded,
+            packed.in_channels,
+            int(packed.stem_relu),
+            _pointer(report),
         )
         return states, dict(zip(FAILURES, report[:5].tolist(), strict=True))
 
-    def run(self, packed, program: Program, states, labels, words: int, images: int, ctas: int = 1, stride: int = 1, count: int | None = None) -> Result:
+    def run(
+        self,
+        packed,
+        program: Program,
+        states,
+        labels,
+        words: int,
+        images: int,
+        ctas: int = 1,
+        stride: int = 1,
+        count: int | None = None,
+    ) -> Result:
         """`states` [n, 32, 32, 16]; `count`: images that are real, when the last tile is padded."""
         states = _aligned(np.ascontiguousarray(states, np.float32))
         count = len(states) if count is None else count
         at, scaled, relu, classes = packed.head
         tally = _aligned(np.zeros((words, 3), np.int64))
         logits = _aligned(np.full((words, count, classes), np.nan, np.float32))
-        slots = _aligned(np.full((ctas, max(1, program.slots), self.library.rf_slot_floats(images)), np.nan, np.float32))
+        slots = _aligned(
+            np.full((ctas, max(1, program.slots), self.library.rf_slot_floats(images)), np.nan, np.float32)
+        )
+        constants = _aligned(packed.weights.numpy()), _aligned(packed.parameters.numpy())
         arrays = [
-            program.tape, program.chunks, program.parts, _aligned(packed.weights.numpy()), _aligned(packed.parameters.numpy()),
+            program.tape, program.chunks, program.parts, *constants,
             states, _aligned(np.asarray(labels, np.int32)), slots, tally, logits,
         ]  # fmt: skip
         pointers = (ctypes.c_void_p * 10)(*(a.ctypes.data for a in arrays))
         sizes = np.array([a.nbytes for a in arrays], np.int64)
         numbers = np.array(
-            [len(program.parts), len(states) // images, count, max(1, program.slots), classes, at, scaled, relu], np.int32
+            [len(program.parts), len(states) // images, count, max(1, program.slots), classes, at, scaled, relu],
+            np.int32,
         )
         report = np.zeros(12, np.int64)
         fp16 = int(packed.dtype == torch.float16)
         self.library.rf_run(fp16, images, ctas, stride, pointers, _pointer(sizes), _pointer(numbers), _pointer(report))
-        names = dict(zip(FAILURES, report[:5].tolist(), strict=True)), dict(zip(COUNTS, report[5:].tolist(), strict=True))
+        names = (
+            dict(zip(FAILURES, report[:5].tolist(), strict=True)),
+            dict(zip(COUNTS, report[5:].tolist(), strict=True)),
+        )
         return Result(tally, logits, slots, *names)
 
     def trace(self, packed, program: Program, states, images: int, **more) -> tuple[list[np.ndarray], Result]:
         """The state [images, C, H, W] after every instruction of a tape without a branch: a SAVE is put behind each."""
-        assert program.slots == 0 and len(program.parts) == 1
+        assert program.slots == 0
+        assert len(program.parts) == 1
         rows, stages = [], []
         for row in program.tape:
             code = int(row[0])

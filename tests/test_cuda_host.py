@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from .cuda_host import HEAD, RESTORE, RUN, SAVE, SHORTCUT, Host, build
-from .cuda_nets import Reference, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resens_fast.engines.cuda_pack import MAX_CLASSES, pack
+
+from .cuda_host import HEAD, RESTORE, RUN, SAVE, SHORTCUT, Host, build
+from .cuda_nets import Reference, network
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the host harness needs g++")
 pytestmark = needs_compiler
@@ -29,8 +30,8 @@ KINDS = {
     "pre-projection-raw": {"preactivation": True, "shortcut": "projection"},
     "pre-projection-activated": {"preactivation": True, "shortcut": "projection", "activated": True},
 }
-# Per block, from the kernel's own incoming state: what fp32 accumulation leaves, where it flips the rounding of a few inner activations. A wrong
-# tap, channel, halo or bias gives 1e-2 and more.
+# Per block, from the kernel's own incoming state: what fp32 accumulation leaves, where it flips the rounding of a few
+# inner activations. A wrong tap, channel, halo or bias gives 1e-2 and more.
 RMS, LARGEST = 1.5e-4, 3e-3
 
 
@@ -94,12 +95,16 @@ def tape_of(words: list[tuple[tuple[int, float], ...]]) -> tuple[list[tuple[int,
 
 def reference_logits(net, dtype, states: torch.Tensor, words) -> np.ndarray:
     reference = Reference(net, dtype)
-    return np.stack([reference.word(states, [(b, float(np.float32(g)), g == 0) for b, g in word]).numpy() for word in words])
+    return np.stack(
+        [reference.word(states, [(b, float(np.float32(g)), g == 0) for b, g in word]).numpy() for word in words]
+    )
 
 
 def reference_tally(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     z = torch.from_numpy(logits).double()
-    loss = torch.stack([torch.nn.functional.cross_entropy(w, torch.from_numpy(labels).long(), reduction="none") for w in z])
+    loss = torch.stack(
+        [torch.nn.functional.cross_entropy(w, torch.from_numpy(labels).long(), reduction="none") for w in z]
+    )
     return np.stack([(logits.argmax(-1) != labels).sum(1), np.round(loss.numpy() * 2**24).sum(1), np.zeros(len(z))], 1)
 
 
@@ -108,9 +113,19 @@ def reference_tally(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_block_kind_at_every_stage(host: Host, kind: str, images: int, dtype: torch.dtype) -> None:
     net = network(seed=1, **KINDS[kind])
-    letters = [(RUN, 0, 1.0), (RUN, 1, 0.3), (RUN, 2, 0.5), (SHORTCUT, 3, 0.0), (RUN, 3, -1.5), (RUN, 4, 1.0), (RUN, 5, 1e-4)]
+    letters = [
+        (RUN, 0, 1.0),
+        (RUN, 1, 0.3),
+        (RUN, 2, 0.5),
+        (SHORTCUT, 3, 0.0),
+        (RUN, 3, -1.5),
+        (RUN, 4, 1.0),
+        (RUN, 5, 1e-4),
+    ]
     packed = pack(net, dtype)
-    program = host.program(packed, [(o, b) for o, b, _ in letters] + [(HEAD, 0)], [g for _, _, g in letters] + [0.0], images)
+    program = host.program(
+        packed, [(o, b) for o, b, _ in letters] + [(HEAD, 0)], [g for _, _, g in letters] + [0.0], images
+    )
     x = stem_like(images, 3, nonnegative=not KINDS[kind].get("preactivation"))
     states, result = host.trace(packed, program, channels_last(x), images)
     clean(result)
@@ -140,7 +155,12 @@ def test_deleted_transitions(host: Host, kind: str, images: int) -> None:
     clean(result)
     reference = Reference(net, torch.bfloat16)
     for at, (op, index) in enumerate(tape[:-1], 1):
-        want = reference.run(net.blocks[index], torch.from_numpy(states[at - 1]), float(np.float32(0.7)) if index == 0 else 1.0, op == SHORTCUT)
+        want = reference.run(
+            net.blocks[index],
+            torch.from_numpy(states[at - 1]),
+            float(np.float32(0.7)) if index == 0 else 1.0,
+            op == SHORTCUT,
+        )
         error = torch.from_numpy(states[at]).double() - want
         assert error.square().mean().sqrt() < RMS * want.square().mean().sqrt(), (kind, index)
 
@@ -196,7 +216,8 @@ def test_mixed_tape_with_every_instruction(host: Host, kind: str, dtype: torch.d
         assert np.abs(result.tally[:, 1] - exact[:, 1]).max() < 2**24 * 4e-6
         # the same bits in either variant, for any cut of the tape, number of CTAs and order of threads
         bits = bits if bits is not None else (result.logits.copy(), result.tally.copy())
-        assert np.array_equal(bits[0], result.logits) and np.array_equal(bits[1], result.tally)
+        assert np.array_equal(bits[0], result.logits)
+        assert np.array_equal(bits[1], result.tally)
 
 
 def test_a_word_alone_gives_the_same_bits(host: Host) -> None:
@@ -207,7 +228,8 @@ def test_a_word_alone_gives_the_same_bits(host: Host) -> None:
     for w in (0, 2, 4, 7):
         alone = host.run(packed, host.program(packed, *tape_of([WORDS[w]]), 2), x, [0, 1], 1, 2)
         clean(alone)
-        assert np.array_equal(alone.logits[0], together.logits[w]) and np.array_equal(alone.tally[0], together.tally[w])
+        assert np.array_equal(alone.logits[0], together.logits[w])
+        assert np.array_equal(alone.tally[0], together.tally[w])
 
 
 @pytest.mark.parametrize(("preactivation", "count"), [(False, 6), (True, 2)], ids=["post", "pre"])
@@ -219,7 +241,10 @@ def test_a_network_of_54_blocks(host: Host, preactivation: bool, count: int) -> 
     states, failures = host.stem(packed, images, 2)
     assert not any(failures.values())
     deleted = {3, 7, 20, 21, 36, 40, 50}
-    words = [tuple((b, 1.0) for b in range(54)), tuple((b, 0.0 if b == 36 else 1.0) for b in range(54) if b == 36 or b not in deleted)]
+    words = [
+        tuple((b, 1.0) for b in range(54)),
+        tuple((b, 0.0 if b == 36 else 1.0) for b in range(54) if b == 36 or b not in deleted),
+    ]
     x = reference.stem(images)
     rounded, exact = (reference_logits(net, dtype, x, words) for dtype in (torch.bfloat16, None))
     labels = rounded[0].argmax(-1)
@@ -227,12 +252,14 @@ def test_a_network_of_54_blocks(host: Host, preactivation: bool, count: int) -> 
     result = host.run(packed, program, states, labels, 2, 2, ctas=2)
     clean(result)
     size = np.sqrt(np.square(exact).mean())
-    # Rounding flips grow through 54 blocks: no model follows each one, but the error stays that of the operands' rounding.
+    # Rounding flips grow through 54 blocks: no model follows each one, but the error stays that of operand rounding.
     rms = np.sqrt(np.square(rounded - exact).mean())
-    assert np.sqrt(np.square(result.logits - exact).mean()) < 2 * rms and rms < 0.05 * size
+    assert np.sqrt(np.square(result.logits - exact).mean()) < 2 * rms
+    assert rms < 0.05 * size
     ordered = np.sort(exact, -1)
     sure = ordered[..., -1] - ordered[..., -2] > 2 * np.abs(result.logits - exact).max()
-    assert np.array_equal(result.logits.argmax(-1)[sure], exact.argmax(-1)[sure]) and sure.sum() >= count
+    assert np.array_equal(result.logits.argmax(-1)[sure], exact.argmax(-1)[sure])
+    assert sure.sum() >= count
     assert np.array_equal(result.tally[:, 0], (result.logits.argmax(-1) != labels).sum(1))
 
 
@@ -313,7 +340,9 @@ def test_nan_in_an_image_reaches_the_count(host: Host) -> None:
     x[1, 4, 10, 10] = math.nan
     program = host.program(packed, *tape_of([((0, 1.0), (1, 1.0), (2, 1.0))]), 2)
     result = host.run(packed, program, channels_last(x), np.array([0, 0]), 1, 2)
-    assert result.tally[0, 2] == 1 and np.isnan(result.logits[0, 1]).all() and np.isfinite(result.logits[0, 0]).all()
+    assert result.tally[0, 2] == 1
+    assert np.isnan(result.logits[0, 1]).all()
+    assert np.isfinite(result.logits[0, 0]).all()
 
 
 def letters_of(program, blocks: np.ndarray) -> tuple[dict[int, tuple], int]:
@@ -332,7 +361,10 @@ def letters_of(program, blocks: np.ndarray) -> tuple[dict[int, tuple], int]:
             elif op == 2:
                 state = slots[argument]
             elif op in (3, 4):
-                state = (*state, (by_parameters[int(parameters)], 0.0 if skipped else float(np.int32(gate).view(np.float32))))
+                state = (
+                    *state,
+                    (by_parameters[int(parameters)], 0.0 if skipped else float(np.int32(gate).view(np.float32))),
+                )
             elif op == 6:
                 assert argument not in out
                 out[int(argument)] = state
@@ -355,7 +387,8 @@ def test_the_cut_keeps_every_word(host: Host, data: st.DataObject) -> None:
     program = host.program(packed, *tape_of(spelled), images, parts)
     letters, slots = letters_of(program, packed.blocks.numpy())
     assert [letters[w] for w in range(len(spelled))] == spelled
-    assert slots <= math.log2(len(spelled)) + 1e-9 and slots == program.slots
+    assert slots <= math.log2(len(spelled)) + 1e-9
+    assert slots == program.slots
     assert 1 <= len(program.parts) <= max(1, min(parts, len(spelled)))
 
 

@@ -50,7 +50,8 @@ at::Tensor stem_cuda(const at::Tensor& images, const at::Tensor& parameters, boo
 }
 
 // One launch of parts [P, 2] of a program on states [N, 32, 32, 16]; labels int32 [B], B <= N; head = (offset, scaled, relu, classes).
-// -> tally int64 [words, 3] (errors, loss, non-finite), logits fp32 [words, B, classes] or [0, B, classes].
+// -> tally int64 [words, 3] (errors, loss, non-finite), logits fp32 [words, B, classes] or [0, B, classes], both
+// zero for words of other parts, so that launches add up.
 std::tuple<at::Tensor, at::Tensor> eval_cuda(const at::Tensor& weights, const at::Tensor& parameters, const at::Tensor& states, const at::Tensor& labels,
                                              const at::Tensor& tape, const at::Tensor& chunks, const at::Tensor& parts, int64_t slots, int64_t words,
                                              at::IntArrayRef head, int64_t images, int64_t ctas, bool fp16, bool with_logits) {
@@ -72,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor> eval_cuda(const at::Tensor& weights, const at
   TORCH_CHECK(tiles * parts.size(0) < (int64_t{1} << 30), tiles, " tiles times ", parts.size(0), " parts is more than one launch takes");
   const c10::cuda::CUDAGuard guard(device);
   at::Tensor tally = at::zeros({words, 3}, states.options().dtype(at::kLong));
-  at::Tensor logits = at::empty({with_logits ? words : 0, labels.size(0), head[3]}, states.options());
+  at::Tensor logits = at::zeros({with_logits ? words : 0, labels.size(0), head[3]}, states.options());
   int64_t items = tiles * parts.size(0);
   if (items == 0) return {tally, logits};
   ctas = std::min(ctas, items);

@@ -10,7 +10,7 @@ import torch
 from ..errors import NotCovered
 
 if TYPE_CHECKING:
-    from ..lower import Conv, FusedBlock, FusedNetwork
+    from ..fused import Conv, FusedBlock, FusedNetwork
 
 CHANNELS, SIDES = (16, 32, 64), (32, 16, 8)
 MAX_CLASSES = 448
@@ -48,7 +48,7 @@ def _convolution(conv: Conv, size: int, stride: int) -> str | None:
 
 
 def _refuse_block(block: FusedBlock) -> str | None:
-    shapes = [(c, s, s) for c, s in zip(CHANNELS, SIDES, strict=True)]
+    shapes: list[tuple[int, ...]] = [(c, s, s) for c, s in zip(CHANNELS, SIDES, strict=True)]
     if tuple(block.shape_in) not in shapes or tuple(block.shape_out) not in shapes:
         return f"has shape {tuple(block.shape_in)}; the kernel holds 16, 32 and 64 channels at 32, 16 and 8 pixels"
     if len(block.convs) != 2 or not block.convs[0].relu or block.convs[1].relu:
@@ -60,6 +60,8 @@ def _refuse_block(block: FusedBlock) -> str | None:
     odd = _convolution(block.convs[0], 3, 1 + changes) or _convolution(block.convs[1], 3, 1)
     if odd:
         return f"has {odd}"
+    if short.activated and short.kind != "projection" and block.scale is not None:
+        return f"has a {short.kind} shortcut that reads the activated input"
     if not changes:
         return None if short.kind == "identity" else f"has a {short.kind} shortcut without a change of shape"
     if short.pool:
@@ -165,11 +167,13 @@ def pack(net: FusedNetwork, dtype: torch.dtype) -> Packed:
     head = net.head
     classes, channels = head.weight.shape
     scaled = head.scale is not None
-    scale = head.scale if scaled else torch.ones(channels)
-    shift = head.shift if scaled else torch.zeros(channels)
+    scale = torch.ones(channels) if head.scale is None else head.scale
+    shift = torch.zeros(channels) if head.shift is None else head.shift
     at = floats.add(head.weight, head.bias, scale, shift)
     stem = net.stem.convs[0]
-    stem_floats = torch.cat([stem.weight.detach().float().cpu().permute(1, 2, 3, 0).reshape(-1), stem.bias.float().cpu()])
+    stem_floats = torch.cat(
+        [stem.weight.detach().float().cpu().permute(1, 2, 3, 0).reshape(-1), stem.bias.float().cpu()]
+    )
     return Packed(
         weights=torch.cat(weights).view(torch.uint8),
         parameters=torch.cat(floats.pieces),
