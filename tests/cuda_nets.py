@@ -35,7 +35,7 @@ def block(
         short = Shortcut("identity", 1, 0, 0, 0, None, False)
     elif shortcut == "pad":
         before = inputs // 2 if before is None else before
-        short = Shortcut("pad", 2, before, inputs - before, 0, None, False)
+        short = Shortcut("pad", 2, before, inputs - before, 0, None, activated)
     else:
         short = Shortcut("projection", 2, 0, 0, 0, conv(generator, inputs, outputs, 1, 2, False), activated)
     return FusedBlock(
@@ -116,7 +116,7 @@ class Reference:
         if short.kind == "identity":
             y = x
         elif short.kind == "pad":
-            y = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, short.before, short.after))
+            y = F.pad((h if short.activated else x)[:, :, ::2, ::2], (0, 0, 0, 0, short.before, short.after))
         else:
             y = self._conv(self.operand(h if short.activated else x), short.conv)
         if not skip:

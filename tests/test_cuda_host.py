@@ -27,6 +27,7 @@ KINDS = {
     "post-pad-odd": {"before": 3},
     "post-projection": {"shortcut": "projection"},
     "pre-pad": {"preactivation": True},
+    "pre-pad-activated": {"preactivation": True, "activated": True},
     "pre-projection-raw": {"preactivation": True, "shortcut": "projection"},
     "pre-projection-activated": {"preactivation": True, "shortcut": "projection", "activated": True},
 }
@@ -143,7 +144,7 @@ def test_every_block_kind_at_every_stage(host: Host, kind: str, images: int, dty
         at += 1
 
 
-@pytest.mark.parametrize("kind", ["post-projection", "pre-projection-raw", "pre-pad"])
+@pytest.mark.parametrize("kind", ["post-projection", "pre-projection-raw", "pre-pad-activated"])
 @pytest.mark.parametrize("images", [1, 2])
 def test_deleted_transitions(host: Host, kind: str, images: int) -> None:
     net = network(seed=2, **KINDS[kind])

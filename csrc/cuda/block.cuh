@@ -114,7 +114,7 @@ template <class T, class G, class S> RF_DEV void run_block(float* x, const G& g,
 }
 
 // A transition block in two halves, so that the registers of only one stage are alive at a time. leave: X gets the branch's input, Y the shortcut's: the even
-// pixels in fp32 [image][y][x][C] for option A, operands in the old layout for a projection that reads x. enter: shortcut into the new stream, the
+// pixels of x or h in fp32 [image][y][x][C] for option A, operands in the old layout for a projection that reads x. enter: shortcut into the new stream, the
 // stride-2 convolution, the frames of the new layout, the second convolution.
 template <class T, class GI> RF_DEV void leave_stage(const float* x, const GI& gi, SharedAddress X, SharedAddress Y, const Arguments& a, Cursor at) {
   barrier();  // other warps may still read Y in the block before
@@ -122,21 +122,25 @@ template <class T, class GI> RF_DEV void leave_stage(const float* x, const GI& g
   write_operands<T, GI>(x, gi, X, flags & kScaled ? at.parameters(a) + 4 * GI::kChannels : nullptr);
   if (!(flags & kProjected)) {
     constexpr int kSide = GI::kSide / 2;
+    const float* scale = flags & kActivated ? at.parameters(a) + 4 * GI::kChannels : nullptr;
 #pragma unroll
-    for (int o = 0; o < GI::kRows; o++)
+    for (int tile = 0; tile < GI::kTiles; tile++) {
+      Float2 s{1.f, 1.f}, t{0.f, 0.f};
+      if (scale) { s = load_pair(scale + gi.channel(tile)); t = load_pair(scale + GI::kChannels + gi.channel(tile)); }
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        int im, y, px;
-        gi.pixel(o, h, im, y, px);
-        if ((y | px) & 1) continue;
+      for (int o = 0; o < GI::kRows; o++)
 #pragma unroll
-        for (int tile = 0; tile < GI::kTiles; tile++) {
+        for (int h = 0; h < 2; h++) {
+          int im, y, px;
+          gi.pixel(o, h, im, y, px);
+          if ((y | px) & 1) continue;
           SharedAddress p = Y + (((im * kSide + y / 2) * kSide + px / 2) * GI::kChannels + gi.channel(tile)) * 4;
-          const float* v = x + GI::element(o, tile) + 2 * h;
-          sts_float(p, v[0]);
-          sts_float(p + 4, v[1]);
+          float v0 = x[GI::element(o, tile) + 2 * h], v1 = x[GI::element(o, tile) + 2 * h + 1];
+          if (scale) { v0 = relu(fmaf(v0, s.x, t.x)); v1 = relu(fmaf(v1, s.y, t.y)); }
+          sts_float(p, v0);
+          sts_float(p + 4, v1);
         }
-      }
+    }
   } else if (!(flags & kActivated)) {
     write_operands<T, GI>(x, gi, Y, nullptr);
   }

@@ -33,7 +33,7 @@ enum Flag : int32_t {
   kScaled = 1,     // pre-activation: the branch reads relu(scale * x + shift)
   kClosing = 2,    // ReLU after the addition
   kProjected = 4,  // 1x1 projection shortcut (else option A)
-  kActivated = 8,  // the projection reads the branch's input, not x
+  kActivated = 8,  // the shortcut reads the branch's input h, not x (only with a prologue or a projection)
   kSkipped = 16    // SHORTCUT: no branch
 };
 struct alignas(16) Instruction {

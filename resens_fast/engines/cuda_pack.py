@@ -60,10 +60,9 @@ def _refuse_block(block: FusedBlock) -> str | None:
     odd = _convolution(block.convs[0], 3, 1 + changes) or _convolution(block.convs[1], 3, 1)
     if odd:
         return f"has {odd}"
-    if short.activated and short.kind != "projection" and block.scale is not None:
-        return f"has a {short.kind} shortcut that reads the activated input"
     if not changes:
-        return None if short.kind == "identity" else f"has a {short.kind} shortcut without a change of shape"
+        plain = short.kind == "identity" and not (short.activated and block.scale is not None)
+        return None if plain else f"has a {short.kind} shortcut without a change of shape that is not x itself"
     if short.pool:
         return "pools before its shortcut"
     if short.kind == "pad" and short.stride == 2 and short.before + short.after == CHANNELS[before]:
@@ -150,7 +149,8 @@ def pack(net: FusedNetwork, dtype: torch.dtype) -> Packed:
     for block in net.blocks:
         changes = tuple(block.shape_in) != tuple(block.shape_out)
         projected = block.shortcut.kind == "projection"
-        activated = projected and (block.shortcut.activated or block.scale is None)  # without a prologue both are x
+        # Without a prologue h is x, and the operands of x are in shared memory anyway.
+        activated = projected if block.scale is None else changes and block.shortcut.activated
         flags = SCALED * (block.scale is not None) + CLOSING * block.closing_relu
         flags += PROJECTED * projected + ACTIVATED * activated
         before = block.shortcut.before if block.shortcut.kind == "pad" else 0
