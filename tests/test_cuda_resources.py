@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from benchmarks import roofline
+
 from .cuda_compile import cubin, disassembler, instructions, nvcc
 from .cuda_host import Host, build
 
@@ -24,7 +26,9 @@ SLACK = 8
 SHARED = {1: 100_624, 2: 201_232}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 CASES = [
-    pytest.param(a, t, marks=[pytest.mark.slow] if a == 120 else []) for a in (80, 90, 100, 120) for t in ("bf16", "fp16")
+    pytest.param(a, t, marks=[pytest.mark.slow] if a == 120 else [])
+    for a in (80, 90, 100, 120)
+    for t in ("bf16", "fp16")
 ]
 
 
@@ -62,13 +66,13 @@ def test_stem(architecture: int) -> None:
 
 
 @pytest.mark.skipif(disassembler() is None, reason="counting instructions needs nvdisasm (the CUDA toolkit or triton)")
-def test_the_tensor_cores_do_the_work() -> None:
-    """ptxas has left the inner loops as written: as many HMMA and LDSM as the unrolled source has, nothing local."""
-    path, _ = cubin("tape_bf16_launch.cu", 90)
-    counts = instructions(path, kernel_name("bf16", 2))
-    # Per stage: first convolution + second + (stages 2, 3) stride-2 convolution and projection, unrolled as in conv.cuh.
-    first, second, entry, projected = 4 * 3 * 2, 16 * 3 * 2, 0, 0
-    hmma = first * 3 + second  # 32x32: three groups of four rows unrolled, one of sixteen
-    assert counts["HMMA"] >= hmma
+@pytest.mark.parametrize(("architecture", "images"), [(80, 1), (90, 1), (90, 2), (100, 2)])
+def test_the_compiled_loops_are_those_of_the_counter_model(architecture: int, images: int) -> None:
+    """As many HMMA and LDSM as the unrolled source has, so the model's counts are the hardware's; nothing in local
+    memory.
+    """
+    path, _ = cubin("tape_bf16_launch.cu", architecture)
+    counts = instructions(path, kernel_name("bf16", images))
+    assert counts["HMMA"] == roofline.static_mma(images)
+    assert counts["LDSM"] == roofline.static_ldmatrix(images)
     assert counts.get("LDL", 0) == counts.get("STL", 0) == 0
-    assert counts["LDSM"] >= (4 + 2) * 3 + (16 + 2)

@@ -14,7 +14,7 @@ from .. import extension
 from ..errors import DataError, EngineError, NotCovered
 from . import cuda_ops
 from .base import Engine, Executor, Progress, Tally
-from .cuda_pack import Packed, pack, refuses
+from .cuda_pack import Packed, pack
 from .levels import LevelsExecutor
 
 if TYPE_CHECKING:
@@ -206,32 +206,22 @@ class TapeExecutor(Executor):
         return torch.cat(pieces, dim=1)
 
 
-def tape_reason(net: ResidualNetwork, dtype: torch.dtype) -> str | None:
-    """Why the tape kernel does not run this network in this dtype, None when it does."""
-    from ..lower import lower
-
-    if dtype not in DTYPES:
-        return f"the tape kernel multiplies in bfloat16 or float16, not {dtype}"
-    try:
-        return refuses(lower(net))
-    except NotCovered as reason:
-        return str(reason)
-
-
 class CudaEngine(Engine):
     """The tape kernel where it fits, bitwise the same for every batch and sweep; else levels through cuDNN."""
 
     name = "cuda"
     bitwise = True
 
+    def __init__(self) -> None:
+        self._packed: tuple[ResidualNetwork, torch.dtype, Packed | str] | None = None
+
     def missing(self) -> str | None:
         why = extension.reason()
         if why:
             return why
         if not cuda_ops.register():
-            return (
-                f"resens_fast._C was built without CUDA: {extension.info().get('cuda_reason') or 'no reason recorded'}"
-            )
+            why = extension.info().get("cuda_reason") or "no reason recorded"
+            return f"resens_fast._C was built without CUDA: {why}"
         return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
     def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -242,8 +232,23 @@ class CudaEngine(Engine):
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return f"{torch.cuda.get_device_name(device)} has compute capability {capability}; it needs 8.0 or newer"
-        self.bitwise = tape_reason(net, dtype) is None and self.variant(device, dtype).images > 0
+        self.bitwise = not isinstance(self.packed(net, dtype), str) and self.variant(device, dtype).images > 0
         return None
+
+    def packed(self, net: ResidualNetwork, dtype: torch.dtype) -> Packed | str:
+        """The network for the tape kernel, or why it does not run there (the level schedule then does)."""
+        if self._packed is None or self._packed[0] is not net or self._packed[1] != dtype:
+            from ..lower import lower
+
+            found: Packed | str
+            try:
+                found = f"the tape kernel multiplies in bfloat16 or float16, not {dtype}"
+                if dtype in DTYPES:
+                    found = pack(lower(net), dtype)
+            except NotCovered as reason:
+                found = str(reason)
+            self._packed = net, dtype, found
+        return self._packed[2]
 
     @staticmethod
     def variant(device: torch.device, dtype: torch.dtype) -> Variant:
@@ -252,16 +257,13 @@ class CudaEngine(Engine):
         return Variant(*torch.ops.resens_fast.cuda_variant(index, dtype == torch.float16))
 
     def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
-        from ..lower import lower
-
         index = device.index if device.index is not None else torch.cuda.current_device()
         device = torch.device("cuda", index)
-        if tape_reason(net, dtype) is None:
+        self._packed = None  # parameters may have changed since the question was asked
+        packed = self.packed(net, dtype)
+        if not isinstance(packed, str):
             variant = self.variant(device, dtype)
             if variant.images:
-                try:
-                    return TapeExecutor(pack(lower(net), dtype), plan, device, variant)
-                except NotCovered:  # weights that overflow in float16
-                    pass
+                return TapeExecutor(packed, plan, device, variant)
         self.bitwise = False
         return LevelsExecutor(net, plan, device, dtype)

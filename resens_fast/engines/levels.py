@@ -14,7 +14,7 @@ import torch
 
 from ..errors import EngineError, PlanError
 from ..plan import HEAD, SHORTCUT
-from .base import Executor, Progress, Tally, count
+from .base import Executor, Progress, Tally, count, replica
 
 if TYPE_CHECKING:
     from ..network import ResidualNetwork
@@ -40,7 +40,7 @@ class LevelsExecutor(Executor):
         joined: int = 512,
         memory: int | None = None,
     ) -> None:
-        self.net = net.copy(device=device, dtype=dtype, memory_format=torch.channels_last)
+        self.net = replica(net, device, dtype, torch.channels_last)
         self.plan, self.device, self.batch, self.joined = plan, device, batch, joined
         structure = plan.structure
         largest = max(prod(shape) for shape in (*structure.shapes_in, *structure.shapes_out))
