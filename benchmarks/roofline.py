@@ -2,9 +2,9 @@
 
     python benchmarks/roofline.py [--card h100] [--depth 110]
 
-Counts follow csrc/cuda/geometry.cuh; tests compare them with the host harness (dynamic, exact) and with the compiled SASS
-(static, exact). Times are estimates until measured. Three figures: `bound`, every unit overlaps every other; `phased`,
-tensor cores and shared memory overlap within a convolution, while element-wise phases and barriers stand alone;
+Counts follow csrc/cuda/geometry.cuh; tests compare them with the host harness (dynamic, exact) and with the compiled
+SASS (static, exact). Times are estimates until measured. Three figures: `bound`, every unit overlaps every other;
+`phased`, tensor cores and shared memory overlap within a convolution, element-wise phases and barriers stand alone;
 `cautious`, no unit overlaps another. Needs Python only.
 """
 
@@ -241,19 +241,17 @@ def tape_seconds(
 
 def table(card: Card, per_stage: int) -> str:
     """A row per stage with clocks by unit, then images per second."""
-    lines = [
-        f"{card.name}: {card.images} image(s) per CTA, {card.multiprocessors} SMs at {card.clock / 1e9:.2f} GHz (estimate, not measured)"
-    ]
-    lines.append(
-        f"{'block':<22}{'tensor':>8}{'shared':>8}{'L2':>8}{'issue':>8}{'element':>8}{'barrier':>8}{'bound':>8}{'phased':>8}{'cautious':>9}"
-    )
+    where = f"{card.images} image(s) per CTA, {card.multiprocessors} SMs at {card.clock / 1e9:.2f} GHz"
+    columns = ("tensor", "shared", "L2", "issue", "element", "barrier", "bound", "phased")
+    lines = [f"{card.name}: {where}; clocks per block (estimates, not measured)"]
+    lines.append(f"{'block':<22}" + "".join(f"{c:>8}" for c in columns) + f"{'cautious':>9}")
     rows = [(f"{16 << s} channels", identity(card.images, s)) for s in range(3)]
     rows += [(f"into {16 << s} channels", transition(card.images, s, True)) for s in (1, 2)]
     for name, counts in rows:
         c = clocks(counts, card)
         values = (c.tensor, c.shared, c.l2, c.issue, c.elementwise, c.barriers, c.bound, c.phased)
         lines.append(f"{name:<22}" + "".join(f"{v:>8.0f}" for v in values) + f"{c.cautious:>9.0f}")
-    flops = 2 * 4.72e6 * 3 * per_stage / 1.0
+    flops = 2 * 2 * 9 * 16 * 16 * 1024 * 3 * per_stage
     for figure in ("bound", "phased", "cautious"):
         rate = images_per_second(card, per_stage, figure)
         lines.append(
