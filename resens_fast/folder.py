@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +36,7 @@ class StudyFolder:
         """Keeps a second process from writing into the same study; where the system has no file locks, nothing is
         kept.
         """
+        fresh = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -56,7 +57,18 @@ class StudyFolder:
                 ) from None
             except OSError:
                 pass  # a file system without locks
-            yield
+            try:
+                yield
+            finally:
+                if not self.manifest_path.exists():
+                    self._tidy(fresh)
+
+    def _tidy(self, fresh: bool) -> None:
+        """After a refusal: no lock file stays behind, and no folder that was not there before."""
+        with suppress(OSError):
+            (self.path / ".lock").unlink(missing_ok=True)
+            if fresh:
+                self.path.rmdir()
 
     def _open_lock(self) -> IO[bytes]:
         try:
