@@ -1,4 +1,4 @@
-"""What gpu_check.py checks beside the clock: values against float64, bitwise sameness, graphs, operators, sanitizers."""
+"""What gpu_check.py checks beside the clock: values against float64, sameness, graphs, operators, sanitizers."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def network(depth: int = 110, **options: Any) -> Any:
 
 def load_data(path: str | None, count: int = 10_000) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Images float32 [N, 3, 32, 32] on the GPU and labels; --data, the digits, or noise, repeated to `count`."""
+    need_gpu()
     if path:
         file = np.load(path)
         images, labels, name = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long(), path
@@ -135,6 +136,7 @@ def check_graph() -> str:
     """A launch captured into a CUDA graph gives the same tally when replayed."""
     import resens_fast as rf
 
+    need_gpu()
     net = network(20)
     run = executor_for(net, rf.plan(net, rf.sweeps.single(net)), torch.bfloat16)
     x, labels, _ = load_data(None, 64)
@@ -163,6 +165,7 @@ def check_graph() -> str:
 def check_operators() -> str:
     import resens_fast as rf
 
+    need_gpu()
     net = network(20)
     run = executor_for(net, rf.plan(net, rf.sweeps.intact(net)), torch.bfloat16)
     x, labels, _ = load_data(None, 8)

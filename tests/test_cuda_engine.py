@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +23,7 @@ from resens_fast.engines.levels import LevelsExecutor
 from resens_fast.errors import DataError, EngineError, NotCovered
 from resens_fast.lower import lower
 
-from .cuda_host import Host, build
+from .cuda_host import ROOT, Host, build
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the host harness needs g++")
 
@@ -225,7 +230,7 @@ def test_levels_give_the_reference_answers(budget: int) -> None:
     plan = rf.plan(net, sweep)
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     labels = torch.arange(5)
-    executor = LevelsExecutor(net, plan, torch.device("cpu"), torch.float32, batch=2, joined=4)
+    executor = LevelsExecutor(net, plan, torch.device("cpu"), torch.float32, batch=2)
     executor.memory = 2 * budget * executor.bytes_per_image
     shares: list[float] = []
     got = executor.logits(images, shares.append)
@@ -267,3 +272,40 @@ def test_levels_halve_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> N
     limit = 0
     with pytest.raises(EngineError, match="no memory for one image"):
         executor.logits(images)
+
+
+@needs_compiler
+def test_shipped_networks_on_the_harness(host: Host) -> None:
+    """Every shipped CIFAR-sized residual network runs on the tape kernel and agrees with float64 within bf16."""
+    covered = 0
+    for name in rf.models.names():
+        try:
+            net = rf.wrap(rf.models.load(name))
+            fused = lower(net)
+        except (rf.errors.WrapError, NotCovered):
+            continue
+        if refuses(fused) is not None:
+            continue
+        covered += 1
+        images = torch.randn(2, *net.input_shape, generator=torch.Generator().manual_seed(1))
+        got = OnHarness(net, rf.plan(net, rf.sweeps.intact(net)), Variant(2, 1, 0), host).logits(images)[0].double()
+        exact = rf.logits(net, rf.sweeps.intact(net), images, engine="reference")[0]
+        eager = rf.logits(net, rf.sweeps.intact(net), images, engine="torch", dtype=torch.bfloat16)[0].double()
+        size = exact.square().mean().sqrt()
+        assert (got - exact).square().mean().sqrt() < 4 * (eager - exact).square().mean().sqrt() + 0.02 * size, name
+    assert covered >= 1
+
+
+def test_gpu_check_reports_what_is_missing(tmp_path: Path) -> None:
+    """Without a GPU every section says so, the script ends well and leaves its JSON."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--out", str(tmp_path), "--seconds", "60"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "gpu_check.json").read_text())
+    states = {name: (row["state"], row.get("reason", "")) for name, row in result["sections"].items()}
+    assert states.pop("environment")[0] == "ok"
+    assert len(states) >= 15
+    assert all(state == "missing" for state, _ in states.values()), states
+    assert "not done: build: torch sees no CUDA device" in done.stdout

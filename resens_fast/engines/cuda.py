@@ -211,6 +211,8 @@ class CudaEngine(Engine):
 
     name = "cuda"
     bitwise = True
+    path = ""
+    """What prepare() chose: the tape kernel's variant, or levels and why."""
 
     def __init__(self) -> None:
         self._packed: tuple[ResidualNetwork, torch.dtype, Packed | str] | None = None
@@ -264,6 +266,8 @@ class CudaEngine(Engine):
         if not isinstance(packed, str):
             variant = self.variant(device, dtype)
             if variant.images:
+                self.path = f"tape kernel, {variant.images} image(s) per CTA"
                 return TapeExecutor(packed, plan, device, variant)
-        self.bitwise = False
+            packed = f"resens_fast._C has no tape kernel for {torch.cuda.get_device_name(device)}"
+        self.bitwise, self.path = False, f"levels: {packed}"
         return LevelsExecutor(net, plan, device, dtype)

@@ -24,10 +24,10 @@ Step = tuple[int, int, int, int, int, float]
 
 
 class LevelsExecutor(Executor):
-    """`batch` images at a time; states of one block are joined to at most `joined` images per convolution.
+    """`batch` images at a time; states of one block are joined to at most twice as many per convolution.
 
-    `memory` bytes may hold states. When the device runs out of memory after all, the images are taken in halves, down
-    to one; then EngineError says what one image needs.
+    By default a batch's largest state takes 64 MB. `memory` bytes may hold states. When the device runs out of memory
+    after all, the images are taken in halves, down to one; then EngineError says what one image needs.
     """
 
     def __init__(
@@ -36,15 +36,16 @@ class LevelsExecutor(Executor):
         plan: Plan,
         device: torch.device,
         dtype: torch.dtype,
-        batch: int = 64,
-        joined: int = 512,
+        batch: int | None = None,
         memory: int | None = None,
     ) -> None:
         self.net = replica(net, device, dtype, torch.channels_last)
-        self.plan, self.device, self.batch, self.joined = plan, device, batch, joined
+        self.plan, self.device = plan, device
         structure = plan.structure
         largest = max(prod(shape) for shape in (*structure.shapes_in, *structure.shapes_out))
         self.bytes_per_image = largest * dtype.itemsize
+        self.batch = min(1024, max(1, 2**26 // self.bytes_per_image)) if batch is None else batch
+        self.joined = 2 * self.batch
         if memory is None:
             # A quarter: a batch's outputs are views of one storage, which lives as long as the last of them.
             memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
