@@ -157,7 +157,15 @@ class ResidualNetwork(nn.Module):
             shape = "x".join(map(str, b.shape_out))
             if b.is_transition:
                 shape = "x".join(map(str, b.shape_in)) + " -> " + shape
-            deleted = "no" if not b.deletable else "nothing runs" if b.drops else "shortcut runs"
+            deleted = (
+                "no"
+                if not b.deletable
+                else "nothing runs"
+                if b.drops
+                else "shortcut runs"
+                if b.gateable
+                else "pooling runs"
+            )
             rows.append((str(b.index), b.name, str(b.stage), b.kind, shape, f"{count:,}", deleted))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -110,10 +110,15 @@ def test_refused_where_the_pieces_differ() -> None:
         rf.wrap(styles.randomise(Remembering()), EXAMPLE)
 
 
+def draw(*_: object) -> None:
+    torch.rand(1)  # from the global generator
+
+
 def test_probing_leaves_no_trace_in_the_model() -> None:
     model = styles.Network(styles.ProjectedBlock).train()
     model.layer1.eval()
     model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    model.register_forward_pre_hook(draw)
     flags = {name: m.training for name, m in model.named_modules()}
     before = {k: v.clone() for k, v in model.state_dict().items()}
     random = torch.get_rng_state()
