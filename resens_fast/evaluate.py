@@ -52,6 +52,7 @@ def evaluate(
     """
     job = _Job(net, sweep, engine, dtype, device)
     reader = ImageReader(data, net.structure)
+    job.choose(reader.peek())
     if out is None:
         return _run(job, reader, None, progress)
     folder = StudyFolder(out)
@@ -74,6 +75,7 @@ def logits(
     job = _Job(net, sweep, engine, dtype, device)
     images = tensor(images, "images")
     check_images(images, net.structure)
+    job.choose(images)
     with job.executor(images[:1]) as executor:
         starts = range(0, max(1, len(images)), executor.batch)
         rows = torch.cat([executor.logits(images[start : start + executor.batch]) for start in starts], dim=1)
@@ -81,7 +83,7 @@ def logits(
 
 
 class _Job:
-    """What is to be computed, checked, before any image is read."""
+    """What is to be computed, checked before any image is read."""
 
     def __init__(
         self,
@@ -105,8 +107,13 @@ class _Job:
         if dtype is None:
             dtype = torch.float64 if engine == "reference" else net.dtype
         self.dtype = dtype
+        self._wanted = engine
+
+    def choose(self, example: torch.Tensor) -> None:
+        """Settle on the engine, which depends on the size of the images too."""
         self.engine: Engine
-        self.engine, self.passed_over = engines.choose(engine, net, self.device, dtype)
+        size = tuple(example.shape[1:]) if len(example) else None
+        self.engine, self.passed_over = engines.choose(self._wanted, self.net, self.device, self.dtype, size)
 
     @contextmanager
     def executor(self, example: torch.Tensor) -> Iterator[Executor]:
@@ -160,6 +167,8 @@ def _run(job: _Job, reader: ImageReader, folder: StudyFolder | None, progress: b
     if study.complete:
         return study
     with job.executor(reader.peek()) as executor, _Bar(job, reader, study.images, progress) as bar:
+        # Some engines know only now which way they take.
+        manifest["engine"].update(bitwise=job.engine.bitwise, path=job.engine.path)
         began, before = time.monotonic(), manifest["seconds"]
 
         def finish(part: Part) -> None:

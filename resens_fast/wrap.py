@@ -22,7 +22,6 @@ TOLERANCE = 1e-9  # of the largest logit, in float64: the pieces do the same ope
 OUTER = {
     nn.DataParallel: "module",
     nn.parallel.DistributedDataParallel: "module",
-    torch._dynamo.OptimizedModule: "_orig_mod",
 }
 
 
@@ -30,9 +29,9 @@ def wrap(model: nn.Module, example: Tensor | None = None) -> ResidualNetwork:
     """Find the residual blocks of a classifier and return it as a ResidualNetwork, checked on a probe batch.
 
     `example` is a batch [B, C, H, W] of the image size the network works on (its values do not matter); without it the
-    size is guessed from the first convolution. The model itself is shared and left as it was. Raises WrapError when it
-    is not an nn.Module, its forward cannot be traced, nothing residual or sequential is found, or the parts put
-    together differ from it.
+    size is the model's own `input_shape` (C, H, W) if it has one, else guessed from its first convolution. The model
+    itself is shared and left as it was. Raises WrapError when it is not an nn.Module, its forward cannot be traced,
+    nothing residual or sequential is found, or the parts put together differ from it.
     """
     if isinstance(model, ResidualNetwork):
         model = model.model
@@ -43,6 +42,8 @@ def wrap(model: nn.Module, example: Tensor | None = None) -> ResidualNetwork:
     for kind, inner in OUTER.items():
         if isinstance(model, kind):
             raise WrapError(f"wrap() cannot look into {type(model).__name__}; pass model.{inner}")
+    if "_orig_mod" in model._modules:  # torch.compile's; its class lives in a module that is slow to import
+        raise WrapError(f"wrap() cannot look into {type(model).__name__}; pass model._orig_mod")
     if any(p.is_meta for p in itertools.chain(model.parameters(), model.buffers())):
         raise WrapError("the model is on the meta device, which keeps no values; load its weights first")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -85,6 +86,9 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
             shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
             raise WrapError(f"example must be a batch of images [B, C, H, W], got {shape}")
         return images((example.shape[1], example.shape[2], example.shape[3]))
+    known = getattr(model, "input_shape", None)  # networks that ship with the package say it
+    if isinstance(known, tuple) and len(known) == 3 and all(isinstance(size, int) for size in known):
+        return images(known)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     if not convs:
         raise WrapError(

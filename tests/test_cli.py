@@ -407,6 +407,8 @@ def process(nets: Path, out: Path, slow: bool) -> subprocess.Popen[str]:
         "400",
         "--threads",
         "1",
+        "--engine",
+        "torch",  # the small steps that SLOW slows down
         "--out",
         str(out),
     ]
@@ -440,7 +442,7 @@ def test_a_stopped_process_is_resumed_by_the_same_command(nets: Path, tmp_path: 
     unfinished = call("show", out)
     assert unfinished.exit_code == 0
     assert "resens: the study is not finished" in unfinished.stderr
-    again = small(nets, out, limit=400)
+    again = small(nets, out, "--engine", "torch", limit=400)
     assert again.exit_code == 0, again.output
     assert {p: p.read_bytes() for p in kept} == kept, "a finished part was computed again"
     assert small(nets, tmp_path / "whole", limit=400).exit_code == 0

@@ -169,9 +169,7 @@ def test_the_engine_says_why_it_is_missing() -> None:
     assert reason
     assert "CUDA" in reason or "resens_fast._C" in reason
     with pytest.raises(EngineError, match="cuda"):
-        rf.evaluate(
-            wrapped(), rf.sweeps.intact(wrapped()), [(torch.zeros(1, 3, 32, 32), torch.zeros(1).long())], engine="cuda"
-        )
+        rf.logits(wrapped(), rf.sweeps.intact(wrapped()), torch.zeros(1, 3, 32, 32), engine="cuda")
 
 
 needs_ops = pytest.mark.skipif(not cuda_ops.register(), reason="resens_fast._C was built without CUDA")

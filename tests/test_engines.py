@@ -189,6 +189,24 @@ def test_training_flags_and_weights_are_left_alone(images: torch.Tensor, labels:
 
 def test_bfloat16(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
     truth = rf.logits(net, sweeps.single(net), images[:4], engine="reference")
-    rows = rf.logits(net, sweeps.single(net), images[:4], dtype=torch.bfloat16)
+    rows = rf.logits(net, sweeps.single(net), images[:4], engine="torch", dtype=torch.bfloat16)
     assert rows.dtype == torch.bfloat16
     assert float((rows.double() - truth).norm() / truth.norm()) < 0.05
+
+
+def test_auto_passes_over_fused_engines_that_do_not_fit(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
+    """Images of another size, and hooks: the torch engine runs them, a fused one says why it does not."""
+    large, sweep = torch.randn(2, 3, 24, 20), sweeps.single(net)
+    expected = rf.logits(net, sweep, large, engine="reference")
+    torch.testing.assert_close(rf.logits(net, sweep, large).double(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(EngineError, match=r"images are \(3, 24, 20\) and the network was wrapped for \(3, 16, 16\)"):
+        rf.logits(net, sweep, large, engine="cpu")
+    handle = net.model.blocks[2].register_forward_hook(lambda module, inputs, output: output + 1)  # type: ignore[union-attr, index]
+    try:
+        with pytest.raises(EngineError, match=r"'blocks.2' has a forward hook"):
+            rf.logits(net, sweep, images, engine="cpu")
+        data = (images[:2], torch.zeros(2, dtype=torch.long))
+        study = rf.evaluate(net, sweep, data, progress=False)
+        assert "forward hook" in study.manifest["engine"]["passed_over"]["cpu"]
+    finally:
+        handle.remove()

@@ -349,7 +349,7 @@ def test_works_under_inference_mode_and_in_half() -> None:
     model = make()
     with torch.inference_mode():
         net = rf.wrap(model, EXAMPLE)
-        assert torch.equal(net(images()), model(images()))
+        torch.testing.assert_close(net(images()), model(images()))  # a fused engine may run: other roundings
     assert model(images()).requires_grad
     half = rf.wrap(make().bfloat16(), EXAMPLE)
     assert half(images().bfloat16(), Variant(STRAIGHT, (0.5, *ONES[1:]))).dtype == torch.bfloat16

@@ -71,6 +71,7 @@ class TorchExecutor(Executor):
 class TorchEngine(Engine):
     name = "torch"
     bitwise = False
+    fused = False
 
     def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
         usable = dtype.is_floating_point and dtype.itemsize > 1  # convolutions have no eight-bit floats
