@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     )
     header = (
         "row",
-        "ours, s",
+        "ours, s: median (min to max)",
         "vs eager",
         "vs compile",
         "vs planned",
@@ -90,7 +90,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             continue
         ratio = {p: s[p] / s["ours"] if p in s else None for p in ("eager", "compile", "planned")}
         lines.append((
-            name, f"{s['ours']:.3f}", _cell(ratio["eager"], r["goal"][0]), _cell(ratio["compile"], r["goal"][1]), _cell(ratio["planned"], 0),  # noqa: E501
+            name, "{:.3f} ({:.3f} to {:.3f})".format(s["ours"], *r["spread"]["ours"]), _cell(ratio["eager"], r["goal"][0]), _cell(ratio["compile"], r["goal"][1]), _cell(ratio["planned"], 0),  # noqa: E501
             f"{r['results'] / s['ours']:,.0f}", f"{r['executed'] / s['ours'] / 1e9:.0f}", f"{r['naive'] / s['ours'] / 1e9:.0f}",  # noqa: E501
         ))  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -93,12 +93,13 @@ def test_row(index: int, peer: str, benchmark: Any, request: pytest.FixtureReque
     rounds = max(1, min(5, int(10 / best[0])))
     benchmark.group = row.name
     benchmark.pedantic(best[1], rounds=rounds, iterations=1)
-    seconds = benchmark.stats.stats.min * len(sweep) / len(chosen)
+    scale, spread = len(sweep) / len(chosen), benchmark.stats.stats
     executed, naive = operations(net, rf.plan(net, sweep))
     result = RESULTS.setdefault(
         row.name,
         {
             "seconds": {},
+            "spread": {},
             "goal": row.goal,
             "results": len(sweep) * len(x),
             "executed": executed * len(x),
@@ -106,4 +107,5 @@ def test_row(index: int, peer: str, benchmark: Any, request: pytest.FixtureReque
             "isa": cpu.chosen_isa(),
         },
     )
-    result["seconds"][peer] = seconds
+    result["seconds"][peer] = spread.median * scale
+    result["spread"][peer] = [spread.min * scale, spread.max * scale]
