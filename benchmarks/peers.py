@@ -97,7 +97,7 @@ def _engine(name: str) -> Callable[[rf.ResidualNetwork, rf.Sweep, torch.dtype], 
         plan = rf.plan(net, sweep)
         executor = rf.engines.get(name).prepare(net, plan, torch.device("cpu"), dtype)
         word_of = torch.from_numpy(plan.word_of)
-        return lambda x: executor.logits(x).float()[word_of]
+        return lambda x: torch.cat([executor.logits(c) for c in x.split(executor.batch)], dim=1).float()[word_of]
 
     return make
 
