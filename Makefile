@@ -26,7 +26,7 @@ endif
 STAMPS := .stamps/$(subst /,_,$(abspath $(PY)))
 # With VENV=0 the package runs from this folder and is not installed, in order not to replace another checkout.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-# Small tensors: with 2 threads on 2 cores tests took twice as long, the threads waiting for each other.
+# Small tensors: with 2 threads on 2 cores the tests took 1.2 to 2.5 times as long, waiting for each other.
 TEST_THREADS ?= 1
 RESENS := $(PY) -c "import sys; sys.argv[0] = 'resens'; from resens_fast.cli import main; main()"
 PIP := $(PY) -m pip --disable-pip-version-check
