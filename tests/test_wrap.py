@@ -242,6 +242,8 @@ def test_wrong_images_and_configurations() -> None:
     rigid = nn.Sequential(*list(styles.sequential_vgg())[:-3], nn.Flatten(), nn.Linear(16 * 16, 10))
     with pytest.raises(DataError, match=r"\(3, 32, 32\) do not pass through the network, .* \(3, 16, 16\)"):
         rf.wrap(rigid, EXAMPLE)(images(2, 32))
+    with pytest.raises(SweepError, match=r"such as sweep\[0\], not list"):
+        net(images(), [1, 1, 1, 1, 1, 1])
     with pytest.raises(SweepError, match="2 positions and 2 gates, the network has 6 blocks"):
         net(images(), Variant((0, 1), (1.0, 1.0)))
     with pytest.raises(SweepError, match=r"block 3 expects a state of shape \(16, 8, 8\) but would get \(8, 16, 16\)"):
