@@ -161,8 +161,9 @@ class _Job:
 def _run(job: _Job, reader: ImageReader, folder: StudyFolder | None, progress: bool) -> Study:
     manifest = job.manifest(reader)
     parts: list[Part] = []
+    whole = ImageHash()
     if folder and folder.exists():
-        manifest, parts = _resume(folder, manifest, reader)
+        manifest, parts = _resume(folder, manifest, reader, whole)
     study = Study(manifest, job.sweep, parts, folder.path if folder else None)
     if study.complete:
         return study
@@ -180,17 +181,17 @@ def _run(job: _Job, reader: ImageReader, folder: StudyFolder | None, progress: b
                 folder.write_part(part)
                 folder.write_manifest(manifest)
 
-        _parts(job.plan, executor, reader, bar, finish)
+        _parts(job.plan, executor, reader, bar, finish, whole)
     if study.images == 0:
         raise DataError("the data set is empty: it has no images")
-    manifest["data"]["images"] = study.images
+    manifest["data"].update(images=study.images, hash=whole.hexdigest())
     manifest["complete"] = True
     if folder:
         folder.write_manifest(manifest)
     return study
 
 
-def _parts(plan: Plan, executor: Executor, reader: ImageReader, bar: _Bar, finish: Any) -> None:
+def _parts(plan: Plan, executor: Executor, reader: ImageReader, bar: _Bar, finish: Any, whole: ImageHash) -> None:
     """Evaluate what is left in the reader, part by part; Ctrl-C closes the part in work with the batches that are
     done.
     """
@@ -207,6 +208,7 @@ def _parts(plan: Plan, executor: Executor, reader: ImageReader, bar: _Bar, finis
                 done = executor.tally(images, labels, bar.advance(len(labels)))
                 tally.add(done)
                 digest.update(images, labels)
+                whole.update(images, labels)
                 stop += len(labels)
         finally:
             if stop > start:
@@ -215,7 +217,9 @@ def _parts(plan: Plan, executor: Executor, reader: ImageReader, bar: _Bar, finis
             return
 
 
-def _resume(folder: StudyFolder, now: dict[str, Any], reader: ImageReader) -> tuple[dict[str, Any], list[Part]]:
+def _resume(
+    folder: StudyFolder, now: dict[str, Any], reader: ImageReader, whole: ImageHash
+) -> tuple[dict[str, Any], list[Part]]:
     """The study in the folder, after checking that this call continues it: same network, sweep, engine and images."""
     study = folder.read()
     then = study.manifest
@@ -224,8 +228,7 @@ def _resume(folder: StudyFolder, now: dict[str, Any], reader: ImageReader) -> tu
             name = {"fingerprint": "network", "digest": "sweep", "name": "engine", "dtype": "dtype"}[key]
             raise StudyError(
                 f"{folder.path} holds a study of another {name} ({str(then[what].get(key))[:12]}, now "
-                f"{str(now[what][key])[:12]}); "
-                "choose another folder or delete it"
+                f"{str(now[what][key])[:12]}); choose another folder or delete it"
             )
     if None not in (reader.total, then["data"]["images"]) and reader.total != then["data"]["images"]:
         raise StudyError(
@@ -238,11 +241,11 @@ def _resume(folder: StudyFolder, now: dict[str, Any], reader: ImageReader) -> tu
         images, labels = reader.take(part.stop - part.start)
         digest = ImageHash()
         digest.update(images, labels)
+        whole.update(images, labels)
         if digest.hexdigest() != part.hash:
             raise StudyError(
-                f"images {part.start} to {part.stop - 1} are not those that {folder.path} was computed on: "
-                "another data set, or a loader "
-                "that shuffles or augments; use the same data without augmentation, or another folder"
+                f"images {part.start} to {part.stop - 1} are not those that {folder.path} was computed on: another "
+                "data set, or a loader that shuffles or augments; use the same data without augmentation or another folder"
             )
     return then, study.parts
 
