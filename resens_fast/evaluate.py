@@ -245,7 +245,8 @@ def _resume(
         if digest.hexdigest() != part.hash:
             raise StudyError(
                 f"images {part.start} to {part.stop - 1} are not those that {folder.path} was computed on: another "
-                "data set, or a loader that shuffles or augments; use the same data without augmentation or another folder"
+                "data set, or a loader that shuffles or augments; use the same data without augmentation, "
+                "or another folder"
             )
     return then, study.parts
 
