@@ -55,7 +55,9 @@ class Checkpoint:
                 ) from None
             return []
         if not resume:
-            raise ModelError(f"{self.folder} already holds a training run: resume it or choose another folder")
+            raise ModelError(
+                f"{self.folder} already holds a training run: resume it (--resume) or choose another folder"
+            )
         saved = self._read()
         for key, now in self.recipe.items():
             before = saved["recipe"].get(key)

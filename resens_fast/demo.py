@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +166,7 @@ def _affordable(model: str, data: str, quick: bool) -> int:
     runs = sum(plan(loaded.net, part(loaded.net, quick)).executed_runs for part in (_lesions, _reorderings))
     affordable = int((QUICK_SECONDS if quick else SECONDS) / (per_run * runs))
     images = min(total, max(100, affordable // 100 * 100))
-    print(
-        f"Using {images:,} test images: about {images * runs * per_run / 60:.1f} minutes of "
-        f"evaluation at {1 / per_run:,.0f} block runs per second."
-    )
+    needed = images * runs * per_run
+    told = f"{needed / 60:.1f} minutes" if needed >= 60 else f"{math.ceil(needed)} s"
+    print(f"Using {images:,} test images: about {told} of evaluation at {1 / per_run:,.0f} block runs per second.")
     return images

@@ -111,7 +111,8 @@ def levels(axes: Axes, intact: float | None, chance: float | None) -> None:
 
 
 def full_scale(axes: Axes, chance: float, highest: float) -> None:
-    axes.set_ylim(0, 100 * max(chance * 1.07, min(highest, 1.0) * 1.05))
+    top = 100 * max(chance * 1.07, min(highest, 1.0) * 1.05)
+    axes.set_ylim(-0.02 * top, top)  # below 0, so that an error near 0 and its line stay clear of the axis
     axes.set_ylabel("Error (%)")
 
 
@@ -207,6 +208,8 @@ def near_range(rows: pd.DataFrame, intact: float | None) -> tuple[float, float]:
     quarter, half, three = np.quantile(error, [0.25, 0.5, 0.75])
     reach = max(6 * (three - quarter), 0.02)
     close = rows[np.abs(error - half) <= reach]
+    # A block that the range shows anyway is shown with its whole interval.
+    close = rows[(error >= close["error_low"].min()) & (error <= close["error_high"].max())]
     values = [*close["error_low"], *close["error_high"], *([] if intact is None else [intact])]
     return float(min(values)), float(max(values))
 

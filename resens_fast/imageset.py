@@ -122,7 +122,8 @@ def decode(file: Path, shape: Shape) -> np.ndarray:
         if image.width < width or image.height < height:
             raise DataError(
                 f"{file} has {image.height} x {image.width} pixels, fewer than the {height} x {width} of the network "
-                "or of the first image: use images of one size, or larger ones"
+                "or of the first image: use images of one size or larger ones, or with module:factory name a smaller "
+                "--image-size"
             )
         scale = max(height / image.height, width / image.width) * 8 / 7
         if scale < 1:
@@ -155,7 +156,7 @@ def _check_statistics(statistics: Statistics, channels: int, name: str) -> None:
     if len(mean) != channels or len(std) != channels:
         raise DataError(
             f"{name} has images of {channels} channel{'s' * (channels != 1)}, but the mean has {len(mean)} and the "
-            f"standard deviation {len(std)} values: give one value per channel"
+            f"standard deviation {len(std)} values: choose another data set or network, or give one value per channel"
         )
     if not all(np.isfinite([*mean, *std])) or min(std) <= 0:
         raise DataError(f"a standard deviation must be positive and all values finite, not mean {mean} and std {std}")

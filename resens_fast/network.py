@@ -103,6 +103,10 @@ class ResidualNetwork(nn.Module):
         return result
 
     def _variant(self, x: Tensor, configuration: Configured) -> Tensor:
+        if not (hasattr(configuration, "order") and hasattr(configuration, "gates")):
+            raise SweepError(
+                f"a configuration is an element of a sweep, such as sweep[0], not {type(configuration).__name__}"
+            )
         order, gates = tuple(configuration.order), tuple(configuration.gates)
         n = len(self.blocks)
         if sorted(order) != list(range(n)) or len(gates) != n:

@@ -79,6 +79,14 @@ def print_study(study: Study, name: str, data: str, everything: bool = False) ->
     _by_tau(frame)
 
 
+def _left_out(rest: pd.DataFrame) -> str:
+    """The note below a table that was cut short; empty where nothing is missing."""
+    if not len(rest):
+        return ""
+    low, high = percent(rest["error"].min()), percent(rest["error"].max())
+    return f"{len(rest)} more, from {low} to {high} % (resens show --all)"
+
+
 def _singles(rows: pd.DataFrame, structure: Structure, base: float | None, everything: bool) -> None:
     if not len(rows):
         return
@@ -101,11 +109,7 @@ def _singles(rows: pd.DataFrame, structure: Structure, base: float | None, every
             for row in cast(Any, shown).itertuples()
         ]
         rest = group.iloc[len(shown) :]
-        note = (
-            f"{len(rest)} more, from {percent(rest['error'].min())} to {percent(rest['error'].max())} %"
-            if len(rest)
-            else ""
-        )
+        note = _left_out(rest)
         print_table(title, ["block", "name", "stage", "error %", "change", "95 % interval"], cells, note)
     if fixed := [str(i) for i, possible in enumerate(structure.deletable) if not possible]:
         print(f"cannot be deleted (no shortcut, and the shape changes): {', '.join(fixed)}")
@@ -127,11 +131,7 @@ def _pairs(frame: pd.DataFrame, structure: Structure, everything: bool) -> None:
     shown = rows if everything else rows.head(SHOWN)
     cells = [[f"{i} and {j}", percent(error)] for (i, j), error in zip(shown["pair"], shown["error"], strict=True)]
     rest = rows.iloc[len(shown) :]
-    note = (
-        f"{len(rest)} more, from {percent(rest['error'].min())} to {percent(rest['error'].max())} %"
-        if len(rest)
-        else ""
-    )
+    note = _left_out(rest)
     print_table("Two blocks deleted, transitions kept", ["blocks", "error %"], cells, note)
 
 

@@ -71,6 +71,6 @@ def train(
         flush=True,
     )
     trained = run(network, images, test, out, recipe, resume=resume, device=where, card={"name": model, **card})
-    print(f"test error {100 * trained.error:.2f} % after {recipe.epochs} epochs")
+    print(f"test error {100 * trained.error:.2f} % after {recipe.epochs} epoch{'s' * (recipe.epochs != 1)}")
     print(f"wrote {out / 'weights.safetensors'} and {out / 'card.json'}")
     print(f"next: resens lesion {out} --data {data} --out {out}-lesion")

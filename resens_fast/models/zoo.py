@@ -99,7 +99,10 @@ def _files(name: str) -> tuple[Path, Path]:
         return folder / "card.json", folder / "weights.safetensors"
     if (folder / "checkpoint.pt").is_file():
         raise ModelError(f"the training in {name} has not ended: resume it first")
-    raise ModelError(f"there is no network {name!r}: choose {', '.join(names())} or a folder that training left")
+    raise ModelError(
+        f"there is no network {name!r}: choose {', '.join(names())} or a folder that training left; "
+        "your own is wrapped in Python, or given as module:factory on the command line"
+    )
 
 
 def _remedy(name: str) -> str:
