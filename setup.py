@@ -260,7 +260,8 @@ def extension_arguments() -> dict[str, Any]:
 
         def targets(self) -> list[str]:
             flags = cpp_extension._get_cuda_arch_flags() if cuda else []
-            return sorted({f.rpartition("code=")[2] for f in flags}, key=lambda t: (t[0], int(re.sub(r"\D", "", t))))
+            codes = {flag.rpartition("code=")[2] for flag in flags}
+            return sorted(codes, key=lambda code: (code.startswith("compute"), int(re.sub(r"\D", "", code)), code))
 
         def describe(self, library: Path) -> dict[str, Any]:
             compiler = _output([os.environ.get("CXX", "c++"), "--version"]) or "unknown"

@@ -84,7 +84,9 @@ class Block:
         p = self.prologue(x)
         if not self.gateable:
             if isinstance(gate, Tensor) or gate != 1.0:
-                raise ValueError(f"block {self.index} ({self.name}) is sequential, so its gate must be 0 or 1, got {gate}")
+                raise ValueError(
+                    f"block {self.index} ({self.name}) is sequential, so its gate must be 0 or 1, got {gate}"
+                )
             return self.closing(self.branch(p))
         shortcut, branch = self.shortcut(p), self.branch(p)
         if isinstance(gate, Tensor):
@@ -94,10 +96,11 @@ class Block:
         return self.closing(y, own=True)
 
     def skip(self, x: Tensor) -> Tensor:
-        """The deleted block's output closing(shortcut(prologue(x))); x is left as it was, and may be returned itself."""
+        """The deleted block's output closing(shortcut(prologue(x))); x is left as it was, or is itself the result."""
         if not self.deletable:
             raise ValueError(
-                f"block {self.index} ({self.name}) turns {self.shape_in} into {self.shape_out} without a shortcut, so it cannot be deleted"
+                f"block {self.index} ({self.name}) turns {self.shape_in} into {self.shape_out} without a shortcut, "
+                "so it cannot be deleted"
             )
         return self.closing(self.shortcut(self.prologue(x)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import fx, nn
 
@@ -60,7 +62,7 @@ class NetworkCut:
 
 
 def cut(graph: fx.Graph, model: nn.Module) -> NetworkCut:
-    """Stem, blocks and head of a traced graph; raises WrapError when there is neither a residual nor a sequential part."""
+    """Stem, blocks and head of a traced graph; raises WrapError when there are no blocks."""
     elements = _elements(graph, model)
     image = next(node for node in graph.nodes if node.op == "placeholder")
     for element in elements:
@@ -70,14 +72,27 @@ def cut(graph: fx.Graph, model: nn.Module) -> NetworkCut:
         return _cut_sequential(image, elements)
     _name_owners([elements[i] for i in blocks], model)
     bounds = [_first_prologue(elements, blocks[0])]
-    for here, after in zip(blocks, [*blocks[1:], None]):
+    for here, after in zip(blocks, [*blocks[1:], None], strict=True):
         bounds.append(_closing_end(elements, here, after))
-    cuts = []
-    for i, (begin, end) in zip(blocks, zip(bounds, bounds[1:])):
+    cuts: list[BlockCut] = []
+    for i, (begin, end) in zip(blocks, itertools.pairwise(bounds), strict=True):
         e = elements[i]
-        assert e.branch is not None and e.shortcut is not None
+        assert e.branch is not None
+        assert e.shortcut is not None
         x = elements[begin].start
-        cuts.append(BlockCut(x, e.start, e.shortcut, e.branch, e.end, elements[end - 1].end, e.owner or f"block{len(cuts)}", True, e.transform))
+        cuts.append(
+            BlockCut(
+                x,
+                e.start,
+                e.shortcut,
+                e.branch,
+                e.end,
+                elements[end - 1].end,
+                e.owner or f"block{len(cuts)}",
+                True,
+                e.transform,
+            )
+        )
     return NetworkCut(image, cuts[0].x, cuts, elements[-1].end)
 
 
@@ -106,29 +121,36 @@ def _elements(graph: fx.Graph, model: nn.Module) -> list[Element]:
                 elements.append(Element(start, node, tuple(nodes), steps))
             start, nodes = node, []
     if len(live) > 1 or start is None or nodes:
-        raise WrapError("the model's output does not depend on its input alone; wrap() needs one image tensor in, one logits tensor out")
+        raise WrapError(
+            "the model's output does not come from one image tensor alone; wrap() needs images in and logits out"
+        )
     return elements
 
 
 def _split_sides(e: Element, graph: fx.Graph, model: nn.Module) -> None:
     """Find shortcut and branch of an element that ends in a sum of two paths from its start."""
-    if len(e.end.meta.get("shape", ())) != 4 or _lerp(e, graph):
-        return
-    if not is_add(e.end):
+    if len(e.end.meta.get("shape", ())) != 4 or _lerp(e, graph) or not is_add(e.end):
         return
     sides = operands(e.end)
-    if not all(isinstance(s, fx.Node) and (s is e.start or e.start in _reach(s, e)) for s in sides) or sides[0] is sides[1]:
+    from_start = all(isinstance(s, fx.Node) and (s is e.start or e.start in _reach(s, e)) for s in sides)
+    if not from_start or sides[0] is sides[1]:
         return
-    if _highway(e, sides, graph):
+    if _highway(e, sides, graph, model):
         return
     identity = [s for s in sides if _is_start(s, e.start)]
     order = sorted(sides, key=lambda s: (s not in identity, *_weight(s, e, model)))
     e.shortcut, e.branch = order
-    if is_product(e.branch):  # x + t * (f - x)
-        for t, d in (operands(e.branch), operands(e.branch)[::-1]):
-            names = ("sub", "sub_", "subtract")
-            if isinstance(d, fx.Node) and _target(d) in names and operands(d)[1:] == (e.shortcut,) and isinstance(t, fx.Node):
-                e.transform = t
+    e.transform = _gate_of(e.branch, e.shortcut)
+
+
+def _gate_of(branch: fx.Node, shortcut: fx.Node) -> fx.Node | None:
+    """t, where the branch is t * (f - shortcut) already."""
+    if is_product(branch):
+        for t, d in (operands(branch), operands(branch)[::-1]):
+            nodes = isinstance(d, fx.Node) and isinstance(t, fx.Node)
+            if nodes and _target(d) in ("sub", "sub_", "subtract") and operands(d)[1:] == (shortcut,):
+                return t
+    return None
 
 
 def _lerp(e: Element, graph: fx.Graph) -> bool:
@@ -139,26 +161,22 @@ def _lerp(e: Element, graph: fx.Graph) -> bool:
     return _gated(e, s, f, t, graph)  # type: ignore[arg-type]
 
 
-def _highway(e: Element, sides: Sequence[fx.Node], graph: fx.Graph) -> bool:
+def _highway(e: Element, sides: Sequence[fx.Node], graph: fx.Graph, model: nn.Module) -> bool:
     """t * f + s * (1 - t), in any order of the operands, also with the carry gate c = 1 - t learned instead of t."""
     if not all(is_product(side) for side in sides):
         return False
-    found = []
+    readings: list[tuple[Any, Any, Any, Any]] = []
     for one, other in (tuple(sides), tuple(sides)[::-1]):
         for gate, f in (operands(one), operands(one)[::-1]):
             for rest, s in (operands(other), operands(other)[::-1]):
-                if gate is not rest and one_minus(rest) is gate and all(isinstance(v, fx.Node) for v in (gate, f, rest, s)):
-                    found.append((gate, f, rest, s))
-    for gate, f, rest, s in found:
-        if _is_start(s, e.start):
-            return _gated(e, s, f, gate, graph)
-        if _is_start(f, e.start):
-            return _gated(e, f, s, rest, graph)
-    if not found:
+                nodes = all(isinstance(v, fx.Node) for v in (gate, f, rest, s))
+                if nodes and gate is not rest and one_minus(rest) is gate:
+                    readings += [(gate, f, rest, s), (rest, s, gate, f)]
+    if not readings:
         return False
-    gate, f, rest, s = found[0]
-    light = _weight(s, e, None) <= _weight(f, e, None)
-    return _gated(e, s, f, gate, graph) if light else _gated(e, f, s, rest, graph)
+    # Of the two readings the carried side is the block's input, or else the lighter one.
+    t, f, _, s = min(readings, key=lambda r: (not _is_start(r[3], e.start), _weight(r[3], e, model)))
+    return _gated(e, s, f, t, graph)
 
 
 def _gated(e: Element, s: fx.Node, f: fx.Node, t: fx.Node, graph: fx.Graph) -> bool:
@@ -187,7 +205,7 @@ def _is_start(node: fx.Node, start: fx.Node) -> bool:
     return node is start
 
 
-def _weight(side: fx.Node, e: Element, model: nn.Module | None) -> tuple[int, int, int]:
+def _weight(side: fx.Node, e: Element, model: nn.Module) -> tuple[int, int, int]:
     """(convolutions on the longest path, parameters, operations) of a side: the lighter one is the shortcut."""
     inside = ancestors(side, [e.start])
     depth: dict[fx.Node, int] = {}
@@ -195,9 +213,9 @@ def _weight(side: fx.Node, e: Element, model: nn.Module | None) -> tuple[int, in
     for node in side.graph.nodes:
         if node not in inside:
             continue
-        own = int("conv" in roles(node, model)) if model is not None else int(node.op == "call_module")
+        own = int("conv" in roles(node, model))
         depth[node] = own + max((depth.get(m, 0) for m in node.all_input_nodes), default=0)
-        if model is not None and node.op == "call_module":
+        if node.op == "call_module":
             parameters += sum(p.numel() for p in model.get_submodule(str(node.target)).parameters())
     return depth.get(side, 0), parameters, len(inside)
 
@@ -206,7 +224,7 @@ def common_owner(paths: Iterable[str]) -> str:
     """The deepest module that contains all of them."""
     split = [path.split(".") if path else [] for path in paths]
     shared: list[str] = []
-    for parts in zip(*split):
+    for parts in zip(*split, strict=False):
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
@@ -214,7 +232,7 @@ def common_owner(paths: Iterable[str]) -> str:
 
 
 def _name_owners(blocks: list[Element], model: nn.Module) -> None:
-    """Give every block the deepest module that runs its branch and no other block, with its sum if there is such a one."""
+    """Give every block the deepest module that runs its branch and no other block, with its sum if possible."""
     levels: list[list[str]] = [[], [], []]
     for e in blocks:
         assert e.branch is not None
@@ -227,7 +245,7 @@ def _name_owners(blocks: list[Element], model: nn.Module) -> None:
     taken: set[str] = set()
     for names in levels:
         count = Counter(names)
-        for e, name in zip(blocks, names):
+        for e, name in zip(blocks, names, strict=True):
             outer = any(other.startswith(name + ".") for other in names)
             if not e.owner and name and count[name] == 1 and not outer and name not in taken:
                 e.owner = name
@@ -269,15 +287,18 @@ def _closing_end(elements: list[Element], here: int, after: int | None) -> int:
 def _cut_sequential(image: fx.Node, elements: list[Element]) -> NetworkCut:
     """Blocks of a network without shortcuts: convolution, norm, activation, then pooling as the closing."""
     convs = [i for i, e in enumerate(elements) if "conv" in e.steps]
-    if len(convs) < 2 or any(_target(e.end) in ADDS for e in elements if len(e.nodes) > 1 and e.end.op != "call_module"):
+    if len(convs) < 2 or any(
+        _target(e.end) in ADDS for e in elements if len(e.nodes) > 1 and e.end.op != "call_module"
+    ):
         raise WrapError(
-            "nothing residual was found: no sum of two paths that start at one tensor, and fewer than two convolutions in a row"
+            "nothing residual was found: no sum of two paths that start at one tensor, "
+            "and fewer than two convolutions in a row"
         )
     stop = convs[-1] + 1
     while stop < len(elements) and not set(elements[stop].steps) & {"flatten", "linear", "gap", "adaptive", "other"}:
         stop += 1
-    blocks = []
-    for begin, end in zip(convs, [*convs[1:], stop]):
+    blocks: list[BlockCut] = []
+    for begin, end in zip(convs, [*convs[1:], stop], strict=True):
         unit = elements[begin:end]
         free = len(unit)
         while free > 1 and not unit[free - 1].parametrised:

@@ -93,12 +93,6 @@ class _Job:
     ) -> None:
         if not isinstance(sweep, Sweep):
             raise SweepError(f"a sweep is needed, not {type(sweep).__name__}; build one with resens_fast.sweeps")
-        if sweep.structure != net.structure:
-            raise SweepError(
-                f"the sweep belongs to another network: it has {len(sweep.structure)} blocks "
-                f"({sweep.structure.digest[:8]}), "
-                f"this network has {len(net.structure)} ({net.structure.digest[:8]}); build the sweep from this network"
-            )
         self.net, self.sweep = net, sweep
         self.plan: Plan = plan(net, sweep)
         self.device = torch.device(device) if device is not None else net.device

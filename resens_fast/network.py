@@ -16,7 +16,6 @@ from resens_fast.errors import DataError, SweepError
 from resens_fast.piece import Piece
 from resens_fast.structure import Shape, Structure
 
-
 OWN = frozenset({"model", "recipe", "blocks", "structure", "input_shape", "fast_forward"})
 
 
@@ -77,7 +76,7 @@ class ResidualNetwork(nn.Module):
     def forward(self, x: Tensor, configuration: Configured | None = None) -> Tensor:
         """Logits [B, classes] of the model itself, or of one variant of it (differentiable).
 
-        Raises DataError for images of another kind than the network's, SweepError for a configuration of another network.
+        Raises DataError for images of another kind than the network's, SweepError for another network's configuration.
         """
         self.check_images(x)
         try:
@@ -89,7 +88,8 @@ class ResidualNetwork(nn.Module):
                 raise
             reason = (str(error).strip().splitlines() or [""])[0]
             raise DataError(
-                f"images of shape {tuple(x.shape[1:])} do not pass through the network, which was wrapped for {self.input_shape}: {reason}"
+                f"images of shape {tuple(x.shape[1:])} do not pass through the network, "
+                f"which was wrapped for {self.input_shape}: {reason}"
             ) from error
 
     def _intact(self, x: Tensor) -> Tensor:
@@ -104,7 +104,9 @@ class ResidualNetwork(nn.Module):
         order, gates = tuple(configuration.order), tuple(configuration.gates)
         n = len(self.blocks)
         if sorted(order) != list(range(n)) or len(gates) != n:
-            raise SweepError(f"the configuration has {len(order)} positions and {len(gates)} gates, the network has {n} blocks")
+            raise SweepError(
+                f"the configuration has {len(order)} positions and {len(gates)} gates, the network has {n} blocks"
+            )
         self._check_order(order)
         state = self.stem(x)
         for j in order:
@@ -119,7 +121,8 @@ class ResidualNetwork(nn.Module):
         for j in order:
             if self.blocks[j].shape_in != shape:
                 raise SweepError(
-                    f"block {j} expects a state of shape {self.blocks[j].shape_in} but would get {shape}; only move blocks among equal shapes"
+                    f"block {j} expects a state of shape {self.blocks[j].shape_in} but would get {shape}; "
+                    "only move blocks among equal shapes"
                 )
             shape = self.blocks[j].shape_out
 
@@ -157,11 +160,13 @@ class ResidualNetwork(nn.Module):
             deleted = "no" if not b.deletable else "nothing runs" if b.drops else "shortcut runs"
             rows.append((str(b.index), b.name, str(b.stage), b.kind, shape, f"{count:,}", deleted))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = sum(p.numel() for p in self.model.parameters())
         s = self.structure
         size = "x".join(map(str, s.input_shape))
-        title = f"{type(self.model).__name__}: {len(s)} blocks, {total:,} parameters, images {size}, {s.classes} classes"
+        title = (
+            f"{type(self.model).__name__}: {len(s)} blocks, {total:,} parameters, images {size}, {s.classes} classes"
+        )
         return "\n".join([title, *lines])
 
     def fingerprint(self) -> str:

@@ -27,8 +27,8 @@ def ancestors(out: fx.Node, stops: Iterable[fx.Node]) -> set[fx.Node]:
 class Piece:
     """The sub-graph from `inputs` to `out` of a traced graph, as a function of (model, *tensors).
 
-    It holds no parameters: modules, parameters and buffers are looked up in the model at each call. It never writes into
-    its inputs: where the network works in place on one, a copy is made first, unless the caller says it owns the tensor.
+    It holds no parameters: modules, parameters and buffers are looked up in the model at each call. It never writes
+    into its inputs: where the network works in place on one, a copy is made first, unless the caller owns the tensor.
     """
 
     def __init__(self, out: fx.Node, inputs: Sequence[fx.Node], model: nn.Module) -> None:
@@ -52,7 +52,9 @@ class Piece:
         env = {node: graph.placeholder(f"x{i}") for i, node in enumerate(self.inputs)}
         shared = set(self.inputs)  # nodes that may share memory with an input
         for node in self.nodes:
-            copies = {m: graph.call_method("clone", (env[m],)) for m in node.meta.get("writes", ()) if protect and m in shared}
+            copies = {
+                m: graph.call_method("clone", (env[m],)) for m in node.meta.get("writes", ()) if protect and m in shared
+            }
             env[node] = graph.node_copy(node, lambda m, c=copies: c.get(m, env[m]))  # type: ignore[misc]
             if any(m in shared and m not in copies for m in node.meta.get("alias", ())):
                 shared.add(node)
@@ -64,16 +66,16 @@ class Piece:
         result: torch.Tensor = (self._own if own else self._safe)(model, *inputs)
         return result
 
+    def path(self) -> tuple[fx.Node, ...]:
+        """The operations on tensors of the flow, without parameters and sizes."""
+        return tuple(node for node in self.nodes if node.op != "get_attr" and "shape" in node.meta)
+
     def chain(self) -> tuple[str, ...] | None:
         """The roles along the piece if it is one chain of operations, else None."""
         steps: list[str] = []
         previous: set[fx.Node] = set(self.inputs)
-        for node in self.nodes:
-            if node.op == "get_attr":
-                continue
-            if not previous.intersection(node.all_input_nodes):
-                return None
-            if len([m for m in node.all_input_nodes if m.op != "get_attr"]) != 1:
+        for node in self.path():
+            if previous != {m for m in node.all_input_nodes if m.op != "get_attr" and "shape" in m.meta}:
                 return None
             steps += self.roles[node]
             previous = {node}
@@ -97,12 +99,13 @@ def _parameters(nodes: Iterable[fx.Node], model: nn.Module) -> frozenset[str]:
         target = str(node.target)
         if node.op == "call_module":
             names.update(f"{target}.{name}" for name, _ in model.get_submodule(target).named_parameters())
-        elif node.op == "get_attr" and isinstance(_attribute(model, target), nn.Parameter):
+        elif node.op == "get_attr" and isinstance(attribute(model, target), nn.Parameter):
             names.add(target)
     return frozenset(names)
 
 
-def _attribute(model: nn.Module, path: str) -> Any:
+def attribute(model: nn.Module, path: str) -> Any:
+    """The parameter, buffer or other member of a model under a qualified name."""
     value: Any = model
     for part in path.split("."):
         value = getattr(value, part)

@@ -19,33 +19,37 @@ DROPS = (nn.modules.dropout._DropoutNd,)
 FLATTENS = (nn.Flatten, nn.Unflatten)
 MAX_POOLS = (nn.modules.pooling._MaxPoolNd,)
 AVG_POOLS = (nn.modules.pooling._AvgPoolNd,)
-ADAPTIVE_POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+ADAPTIVE_POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd,)
 BY_MODULE: tuple[tuple[Any, str], ...] = (
-    (_ConvTransposeNd, "other"), (_ConvNd, "conv"), (nn.ReLU6, "act"), (nn.ReLU, "relu"), (ACTIVATIONS, "act"), (DROPS, "drop"),
-    (FLATTENS, "flatten"), (nn.Linear, "linear"), (MAX_POOLS, "maxpool"), (AVG_POOLS, "avgpool"), (ADAPTIVE_POOLS, "adaptive"),
+    (_ConvTransposeNd, "other"), (_ConvNd, "conv"), (nn.ReLU6, "act"), (nn.ReLU, "relu"), (ACTIVATIONS, "act"),
+    (DROPS, "drop"), (FLATTENS, "flatten"), (nn.Linear, "linear"), (MAX_POOLS, "maxpool"), (AVG_POOLS, "avgpool"),
+    (ADAPTIVE_POOLS, "adaptive"),
 )  # fmt: skip
 BY_NAME = {
     "relu": "relu", "relu_": "relu", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv",
-    "batch_norm": "norm", "group_norm": "norm", "layer_norm": "norm", "instance_norm": "norm", "local_response_norm": "norm",
+    "batch_norm": "norm", "group_norm": "norm", "layer_norm": "norm", "instance_norm": "norm",
     "dropout": "drop", "dropout_": "drop", "dropout2d": "drop", "feature_dropout": "drop",
     "flatten": "flatten", "view": "flatten", "reshape": "flatten", "squeeze": "flatten", "linear": "linear",
     "max_pool2d": "maxpool", "boolean_dispatch": "maxpool", "avg_pool2d": "avgpool",
-    "adaptive_avg_pool2d": "adaptive", "adaptive_max_pool2d": "adaptive",
-    "relu6": "act", "relu6_": "act", "leaky_relu": "act", "leaky_relu_": "act", "elu": "act", "elu_": "act", "selu": "act",
-    "celu": "act", "gelu": "act", "silu": "act", "mish": "act", "hardtanh": "act", "hardswish": "act", "hardsigmoid": "act",
+    "adaptive_avg_pool2d": "adaptive", "adaptive_max_pool2d": "other",
+    "relu6": "act", "relu6_": "act", "leaky_relu": "act", "leaky_relu_": "act", "elu": "act", "elu_": "act",
+    "selu": "act", "celu": "act", "gelu": "act", "silu": "act", "mish": "act", "hardtanh": "act", "hardswish": "act",
+    "hardsigmoid": "act",
     "sigmoid": "act", "sigmoid_": "act", "tanh": "act", "tanh_": "act", "softplus": "act", "softsign": "act",
 }  # fmt: skip
 ADDS = {"add", "add_", "iadd"}
 
 
 def roles(node: fx.Node, model: nn.Module) -> tuple[str, ...]:
-    """The steps a node consists of, in order: usually one of conv norm relu act maxpool avgpool adaptive gap drop flatten linear."""
+    """The steps a node consists of, in order: mostly one of conv norm relu act maxpool avgpool gap drop linear."""
     if node.op == "call_module":
         return _module_roles(model.get_submodule(str(node.target)), node)
     if node.op not in ("call_function", "call_method"):
         return ()
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name in ("clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "threshold", "threshold_") and _is_relu_call(node, model):
+    if name in ("clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "threshold", "threshold_") and _is_relu_call(
+        node, model
+    ):
         return ("relu",)
     if name == "mean" and _is_global(node):
         return ("gap",)
@@ -61,8 +65,11 @@ def _module_roles(module: nn.Module, node: fx.Node) -> tuple[str, ...]:
             return ("gap",) if role == "adaptive" and _is_global(node) else (role,)
     if node.meta.get("nothing"):
         return ("drop",)
-    parameters = next(module.parameters(), None) is not None
-    return ("relu",) if not parameters and behaves_as_relu(module) else ("other",)
+    if next(module.parameters(), None) is not None:
+        return ("other",)
+    if behaves_as_relu(module):
+        return ("relu",)
+    return ("gap",) if _is_global(node) and behaves_as_mean(module) else ("other",)
 
 
 def _norm_roles(module: nn.Module) -> tuple[str, ...]:
@@ -71,7 +78,9 @@ def _norm_roles(module: nn.Module) -> tuple[str, ...]:
         return ("norm",)
     if module.running_mean is None or module.running_var is None:
         return ("norm",) if not list(module.children()) else ("other",)
-    x = torch.linspace(-3, 3, 2 * module.num_features * 9, dtype=module.running_mean.dtype, device=module.running_mean.device)
+    x = torch.linspace(
+        -3, 3, 2 * module.num_features * 9, dtype=module.running_mean.dtype, device=module.running_mean.device
+    )
     x = x.reshape(2, 3, 3, module.num_features).permute(0, 3, 1, 2).contiguous()
     arguments = (module.running_mean, module.running_var, module.weight, module.bias)
     with torch.no_grad():
@@ -95,6 +104,16 @@ def behaves_as_relu(function: Any) -> bool:
         return False
 
 
+def behaves_as_mean(function: Any) -> bool:
+    """Whether a parameter-free operation averages over pixels."""
+    x = torch.linspace(-2, 3, 2 * 4 * 6 * 6, dtype=torch.float64).square().reshape(2, 4, 6, 6)
+    try:
+        with torch.no_grad():
+            return bool(torch.allclose(function(x.clone()).flatten(1), x.mean((2, 3))))
+    except Exception:  # it does not accept such a tensor, so it is something else
+        return False
+
+
 def _is_relu_call(node: fx.Node, model: nn.Module) -> bool:
     inputs = [a for a in node.args if isinstance(a, fx.Node)]
     if len(inputs) != 1 or any(isinstance(v, fx.Node) for v in node.kwargs.values()) or node.args[0] is not inputs[0]:
@@ -107,14 +126,13 @@ def _is_global(node: fx.Node) -> bool:
     """Whether it averages a whole image: [B, C, H, W] to [B, C, 1, 1] or [B, C], and is an average."""
     source = node.all_input_nodes[0].meta.get("shape", ()) if node.all_input_nodes else ()
     shape = node.meta.get("shape", ())
-    name = str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
-    return len(source) == 4 and shape in (source[:2], (*source[:2], 1, 1)) and "max" not in name
+    return len(source) == 4 and shape in (source[:2], (*source[:2], 1, 1))
 
 
 def is_add(node: fx.Node) -> bool:
     """Whether it is a plain sum of two operands."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    plain = node.kwargs.get("alpha", 1) == 1 and set(node.kwargs) <= {"alpha", "other"}
+    plain = bool(node.kwargs.get("alpha", 1) == 1) and set(node.kwargs) <= {"alpha", "other"}
     return node.op in ("call_function", "call_method") and name in ADDS and plain and len(operands(node)) == 2
 
 

@@ -14,8 +14,8 @@ class Structure:
     """The blocks of a network in order; every tuple has one entry per block.
 
     `shapes_in` and `shapes_out` are (channels, height, width) of the state at the images' size `input_shape`.
-    A block is `deletable` when its shortcut alone gives a state of the right shape, `gateable` when a real gate may scale
-    its branch, and it `drops` when deleting it leaves the state exactly as it was, so that nothing has to run.
+    A block is `deletable` when its shortcut alone gives a state of the right shape, `gateable` when a real gate may
+    scale its branch, and it `drops` when deleting it leaves the state exactly as it was, so that nothing has to run.
     """
 
     names: tuple[str, ...]

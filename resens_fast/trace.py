@@ -169,7 +169,7 @@ def _move_batch_sizes(graph: fx.Graph) -> None:
 def _is_shape(node: Any) -> bool:
     if not isinstance(node, fx.Node):
         return False
-    attribute = node.target is getattr and node.args[1] == "shape"
+    attribute = node.target is getattr and str(node.args[1]) == "shape"
     return attribute or (node.op == "call_method" and node.target == "size" and len(node.args) == 1)
 
 

@@ -1,4 +1,4 @@
-"""wrap(): turn any residual or sequential PyTorch classifier into stem, blocks and head, checked against the original."""
+"""wrap(): turn a residual or sequential PyTorch classifier into stem, blocks and head, checked against the original."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ TOLERANCE = 1e-9  # of the largest logit, in float64: the pieces do the same ope
 
 
 def wrap(model: nn.Module, example: Tensor | None = None) -> ResidualNetwork:
-    """Find the residual blocks of a classifier and return it as a ResidualNetwork, after comparing both on a probe batch.
+    """Find the residual blocks of a classifier and return it as a ResidualNetwork, checked on a probe batch.
 
-    `example` is a batch [B, C, H, W] of the image size the network works on (its values do not matter); without it the size
-    is guessed from the first convolution. The model is neither copied nor changed. Raises WrapError when it is not an
-    nn.Module, its forward cannot be traced, nothing residual or sequential is found, or the parts put together differ from it.
+    `example` is a batch [B, C, H, W] of the image size the network works on (its values do not matter); without it the
+    size is guessed from the first convolution. The model itself is shared and left as it was. Raises WrapError when it
+    is not an nn.Module, its forward cannot be traced, nothing residual or sequential is found, or the parts put
+    together differ from it.
     """
     if isinstance(model, ResidualNetwork):
         model = model.model
@@ -70,7 +71,9 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
         return images((example.shape[1], example.shape[2], example.shape[3]))
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     if not convs:
-        raise WrapError("the image size cannot be guessed without a Conv2d module; pass example=torch.zeros(1, C, H, W)")
+        raise WrapError(
+            "the image size cannot be guessed without a Conv2d module; pass example=torch.zeros(1, C, H, W)"
+        )
     channels = convs[0].in_channels
     large = max(convs[0].stride) > 1 or max(convs[0].kernel_size) >= 7  # an ImageNet stem
     sizes = (224, 256, 299, 64, 32) if large else (32, 28, 64, 224, 256, 299)
@@ -83,7 +86,10 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
             return probe
         except Exception as error:
             reason = reason or _first_line(error)
-    raise WrapError(f"the model accepts no {channels}-channel image of {sizes} pixels ({reason}); pass example=torch.zeros(1, C, H, W)")
+    raise WrapError(
+        f"the model accepts no {channels}-channel image of {sizes} pixels ({reason}); "
+        "pass example=torch.zeros(1, C, H, W)"
+    )
 
 
 def _run_model(model: nn.Module, images: Tensor) -> Tensor:
@@ -95,9 +101,13 @@ def _run_model(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(logits, Tensor):
         raise WrapError(f"the model returns {type(logits).__name__}, wrap() needs one tensor of logits [B, classes]")
     if logits.ndim != 2 or logits.shape[0] != images.shape[0]:
-        raise WrapError(f"the model turns {tuple(images.shape)} into {tuple(logits.shape)}, wrap() needs logits [B, classes]")
+        raise WrapError(
+            f"the model turns {tuple(images.shape)} into {tuple(logits.shape)}, wrap() needs logits [B, classes]"
+        )
     if not logits.isfinite().all():
-        raise WrapError("the model's own logits on random images are not finite, so nothing can be checked; is it initialised?")
+        raise WrapError(
+            "the model's own logits on random images are not finite, so nothing can be checked; is it initialised?"
+        )
     return logits
 
 
@@ -110,7 +120,7 @@ def _recipe(found: NetworkCut, model: nn.Module, images: Tensor, logits: Tensor)
     blocks = []
     for i, block in enumerate(found.blocks):
         # Any block of this output shape, and the stem, may hand its state to block i once blocks are moved or deleted.
-        arriving = all(sign for shape, sign in zip(shapes, positive) if shape == shapes[i])
+        arriving = all(sign for shape, sign in zip(shapes, positive, strict=True) if shape == shapes[i])
         blocks.append(_block(i, block, model, shapes[i], shapes[i + 1], stages[i], arriving))
     channels, height, width = images.shape[1:]
     structure = Structure(
@@ -129,7 +139,9 @@ def _recipe(found: NetworkCut, model: nn.Module, images: Tensor, logits: Tensor)
     return Recipe(stem, tuple(blocks), head, structure)
 
 
-def _block(i: int, b: BlockCut, model: nn.Module, shape_in: Shape, shape_out: Shape, stage: int, arriving: bool) -> BlockRecipe:
+def _block(
+    i: int, b: BlockCut, model: nn.Module, shape_in: Shape, shape_out: Shape, stage: int, arriving: bool
+) -> BlockRecipe:
     prologue = Piece(b.p, [b.x], model)
     branch = Piece(b.branch, [b.p], model)
     shortcut = Piece(b.shortcut, [b.p], model)
@@ -189,12 +201,14 @@ def _verify(recipe: Recipe, model: nn.Module, images: Tensor, expected: Tensor) 
         again = model(images)
     scale = max(1.0, float(expected.abs().max()))
     if float((again - expected).abs().max()) > TOLERANCE * scale:
-        raise WrapError("the model gives different logits for the same images in eval mode; wrap() needs a deterministic model")
+        raise WrapError(
+            "the model gives different logits for the same images in eval mode; wrap() needs a deterministic model"
+        )
     difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE * scale:
         raise WrapError(
-            f"stem, {len(recipe.blocks)} blocks and head put together differ from the model by {difference:.3g} on a probe batch; "
-            "does its forward depend on more than the image?"
+            f"stem, {len(recipe.blocks)} blocks and head put together differ from the model by {difference:.3g} "
+            "on a probe batch; does its forward depend on more than the image?"
         )
 
 

@@ -91,7 +91,9 @@ def test_swaps_are_uniform_and_stay_within_shapes() -> None:
     assert len(counts) == 3 + 3  # pairs among blocks 0-2 and among 4-6; block 3 is the transition
     assert chisquare(counts).pvalue > 1e-4
     for order in sweeps.swap_random(net, k=20, samples=50).orders:
-        assert sorted(order[:3]) == [0, 1, 2] and order[3] == 3 and sorted(order[4:]) == [4, 5, 6]
+        assert sorted(order[:3]) == [0, 1, 2]
+        assert order[3] == 3
+        assert sorted(order[4:]) == [4, 5, 6]
 
 
 def test_tau_is_scipys() -> None:
@@ -128,13 +130,16 @@ def test_words() -> None:
     assert words.gates.tolist() == [0.5, 1, 1, 1, 1, 0]
     assert words.positions.tolist() == [1, 2, 3, 0, 1, 2]
     assert not np.signbit(sweep.gates).any()
-    assert words.offsets.dtype == np.int64 and words.blocks.dtype == np.int32 and words.gates.dtype == np.float32
+    assert words.offsets.dtype == np.int64
+    assert words.blocks.dtype == np.int32
+    assert words.gates.dtype == np.float32
 
 
 def test_masks_orders_gates_agree() -> None:
     masks = sweeps.from_masks(RESNET110, ~np.eye(54, dtype=bool))
     single = sweeps.single(RESNET110)
-    assert (masks.gates == single.gates).all() and (masks.orders == single.orders).all()
+    assert (masks.gates == single.gates).all()
+    assert (masks.orders == single.orders).all()
     assert (sweeps.from_gates(RESNET110, 1.0 - np.eye(54)).gates == single.gates).all()
     assert sweeps.from_masks(RESNET110, np.ones(54, dtype=int))[0] == sweeps.intact(RESNET110)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,6 +62,15 @@ def count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").clamp(max=LOSS_LIMIT)
     fixed = torch.round(torch.where(finite, loss, 0.0) * LOSS_SCALE).long()
     return torch.stack([((prediction != labels) | ~finite).sum(), fixed.sum(), (~finite).sum()])
+
+
+def replica(
+    net: ResidualNetwork, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+) -> ResidualNetwork:
+    """A copy of the network for one executor, in the layout it likes; the user's own stays as it is."""
+    twin = copy.deepcopy(net)
+    twin.to(device=device, dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
+    return twin.requires_grad_(False).eval()
 
 
 class Executor(ABC):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .base import Engine, Executor, Progress, Tally, count
+from .base import Engine, Executor, Progress, Tally, count, replica
 
 if TYPE_CHECKING:
     from ..network import ResidualNetwork
@@ -18,7 +18,7 @@ class ReferenceExecutor(Executor):
     batch = 64
 
     def __init__(self, net: ResidualNetwork, plan: Plan, device: torch.device) -> None:
-        self.net = net.copy(device=device, dtype=torch.float64)
+        self.net = replica(net, device, torch.float64, torch.contiguous_format)
         first = np.unique(plan.word_of, return_index=True)[1]
         self.configurations = [plan.sweep[int(c)] for c in first]
 

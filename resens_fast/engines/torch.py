@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..plan import HEAD, RESTORE, RUN, SAVE, SHORTCUT
-from .base import Engine, Executor, Progress, Tally, count
+from .base import Engine, Executor, Progress, Tally, count, replica
 
 if TYPE_CHECKING:
     from ..network import ResidualNetwork
@@ -28,7 +28,7 @@ _LONG, _SHORT_BATCH = 500, 16
 
 class TorchExecutor(Executor):
     def __init__(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
-        self.net = net.copy(device=device, dtype=dtype, memory_format=torch.channels_last)
+        self.net = replica(net, device, dtype, torch.channels_last)
         self.words = plan.words
         tape = plan.tape()
         self.tape = list(zip(*tape.instructions.T.tolist(), tape.gates.tolist(), strict=True))
