@@ -22,6 +22,9 @@ from .shortcut import shortcut
 
 NO_SHORTCUT = ShortcutShape(0, 1, 1, 0, 0, 0, False)
 
+# Triton 3.9 warns where this is left open, and 3.10 changes the default.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
@@ -165,7 +168,7 @@ def launch_conv(
     conv[grid](
         source, target, states, *table, weights.weight, weights.bias, side.weight, side.bias, scale, shift,
         first, images, source.stride(0), target.stride(0), states.stride(0), **constants,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
 
 
@@ -198,7 +201,7 @@ def skip(packed: Packed, memory: Memory, schedule: Schedule, group: Group, first
     shortcut[grid](
         memory.states, schedule.steps, group.projection.weight, group.projection.bias, group.scale, group.shift,
         first, images, memory.states.stride(0), **constants,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
 
 
@@ -210,12 +213,12 @@ def heads(
     constants = pool_constants(head)
     pool[(count * images, cdiv(constants["C"], constants["BLOCK_C"]))](
         memory.states, memory.means, schedule.steps, head.scale, head.shift,
-        first, images, memory.states.stride(0), **constants,
+        first, images, memory.states.stride(0), **constants, **OPTIONS,
     )  # fmt: skip
     constants = classify_constants(head, logits is None, logits is not None)
     classify[(count * cdiv(images, constants["BLOCK_I"]),)](
         memory.means, schedule.steps, head.weight, head.bias, memory.labels, memory.counts,
-        memory.means if logits is None else logits, first, images, **constants,
+        memory.means if logits is None else logits, first, images, **constants, **OPTIONS,
     )  # fmt: skip
 
 

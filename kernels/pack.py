@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..lower import Conv, FusedBlock, FusedNetwork
+from ..fused import Conv, FusedBlock, FusedNetwork
 
 KINDS = {None: 0, "identity": 1, "pad": 2, "projection": 3}
 
@@ -130,6 +130,7 @@ class Packed:
     head: Head
     state_elements: int
     """The largest state of one image, as it is stored."""
+    input_shape: tuple[int, int, int]
     device: torch.device
     dtype: torch.dtype
 
@@ -139,13 +140,13 @@ def conv_shape(conv: Conv, height: int, width: int) -> ConvShape:
     return ConvShape(c, n, height, width, kernel, conv.stride, conv.padding, conv.relu)
 
 
-def block_shape(block: FusedBlock) -> BlockShape:
-    """The shape of a block, checked against the shapes its neighbours expect."""
-    _, height, width = block.shape_in
+def block_shape(block: FusedBlock, shape_in: tuple[int, int, int]) -> BlockShape:
+    """What a block is behind a state of that shape; ValueError if branch and shortcut disagree about the result."""
+    _, height, columns = shape_in
     convs = []
     for conv in block.convs:
-        convs.append(conv_shape(conv, height, width))
-        height, width = convs[-1].out
+        convs.append(conv_shape(conv, height, columns))
+        height, columns = convs[-1].out
     side = block.shortcut
     kernel, stride, padding = 1, side.stride, 0
     if side.conv is not None:
@@ -153,16 +154,14 @@ def block_shape(block: FusedBlock) -> BlockShape:
     shape = ShortcutShape(
         KINDS[side.kind], kernel, stride, padding, side.pool, side.before, side.activated and block.scale is not None
     )
-    sizes = [output(size // max(1, side.pool), kernel, stride, padding) for size in block.shape_in[1:]]
-    found = (convs[-1].n, height, width)
-    if found != block.shape_out or tuple(sizes) != block.shape_out[1:]:
+    shape_out = (convs[-1].n, height, columns)
+    sizes = tuple(output(size // max(1, side.pool), kernel, stride, padding) for size in shape_in[1:])
+    if sizes != shape_out[1:]:
         raise ValueError(
-            f"block {block.index} ({block.name}) should give {block.shape_out}, but its branch gives {found} and its "
-            f"shortcut {sizes[0]} x {sizes[1]} pixels"
+            f"the branch of block {block.index} ({block.name}) gives {height} x {columns} pixels, its shortcut "
+            f"{sizes[0]} x {sizes[1]}; use images of another size or the torch engine"
         )
-    return BlockShape(
-        tuple(convs), shape, block.scale is not None, block.closing_relu, tuple(block.shape_in), tuple(block.shape_out)
-    )
+    return BlockShape(tuple(convs), shape, block.scale is not None, block.closing_relu, shape_in, shape_out)
 
 
 def _vectors(rows: list[Tensor | None], device: torch.device) -> Tensor:
@@ -184,11 +183,28 @@ def conv_weights(convs: list[Conv | None], device: torch.device, dtype: torch.dt
     return ConvWeights(weight.to(device, dtype).contiguous(), _vectors([conv.bias for conv in real], device))
 
 
-def pack(network: FusedNetwork, device: torch.device, dtype: torch.dtype) -> Packed:
-    """Group, stack and fill up a lowered network. Raises ValueError when a block contradicts its own shapes."""
+def pack(
+    network: FusedNetwork, device: torch.device, dtype: torch.dtype, size: tuple[int, int] | None = None
+) -> Packed:
+    """Group, stack and fill up a lowered network for images of `size` (height, width), by default its own.
+
+    Raises ValueError when a block's branch and shortcut disagree at that size.
+    """
+    height, columns = size or network.input_shape[1:]
+    stem = []
+    for conv in network.stem.convs:
+        stem.append((conv_shape(conv, height, columns), conv_weights([conv], device, dtype)))
+        height, columns = stem[-1][0].out
+    if network.stem.maxpool is not None:
+        height, columns = (output(n, *network.stem.maxpool) for n in (height, columns))
     members: dict[BlockShape, list[FusedBlock]] = {}
+    state = (stem[-1][0].n, height, columns)
+    largest = width(state[0]) * height * columns
     for block in network.blocks:
-        members.setdefault(block_shape(block), []).append(block)
+        shape = block_shape(block, state)
+        members.setdefault(shape, []).append(block)
+        state = shape.shape_out
+        largest = max(largest, width(state[0]) * state[1] * state[2])
     groups, slot_of = [], {}
     for shape, blocks in members.items():
         for slot, block in enumerate(blocks):
@@ -203,23 +219,18 @@ def pack(network: FusedNetwork, device: torch.device, dtype: torch.dtype) -> Pac
                 _vectors([b.shift for b in blocks], device),
             )
         )
-    height, columns = network.input_shape[1:]
-    stem = []
-    for conv in network.stem.convs:
-        stem.append((conv_shape(conv, height, columns), conv_weights([conv], device, dtype)))
-        height, columns = stem[-1][0].out
-    head, last = network.head, network.blocks[-1].shape_out
-    weight = pad(head.weight.float().T, (0, 0, 0, width(last[0]) - last[0])).to(device).contiguous()
-    shapes = [shape for block in network.blocks for shape in (block.shape_in, block.shape_out)]
+    head = network.head
+    weight = pad(head.weight.float().T, (0, 0, 0, width(state[0]) - state[0])).to(device).contiguous()
     return Packed(
         Stem(tuple(stem), network.stem.maxpool),
         tuple(groups),
         slot_of,
         Head(
-            last[0], last[1] * last[2], len(head.weight), head.scale is not None, head.relu,
+            state[0], state[1] * state[2], len(head.weight), head.scale is not None, head.relu,
             _vectors([head.scale], device), _vectors([head.shift], device), weight, head.bias.float().to(device),
         ),  # fmt: skip
-        max(width(c) * h * w for c, h, w in shapes),
+        largest,
+        (network.input_shape[0], *(size or network.input_shape[1:])),
         device,
         dtype,
     )

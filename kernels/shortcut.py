@@ -18,9 +18,8 @@ The naive version is `Block.skip` in the reference engine.
 import triton
 import triton.language as tl
 
-from .product import product, read_pooled, relu
+from .product import product, read_pixels, read_pooled, relu
 
-NONE = tl.constexpr(0)
 IDENTITY = tl.constexpr(1)
 PAD = tl.constexpr(2)
 PROJECTION = tl.constexpr(3)
@@ -59,7 +58,11 @@ def add_shortcut(
             S_KERNEL, S_STRIDE, S_PADDING, S_PROLOGUE, S_POOL, S_BLOCK_K, PRECISION,
         )  # fmt: skip
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
-    elif SHORTCUT != NONE:
+    elif SHORTCUT == IDENTITY:
+        k = n if N % n.shape[0] == 0 else tl.where(n < N, n, 0)
+        v = read_pixels(x_ptr, scale_ptr, shift_ptr, image, y, x, inside, k, X_C, X_H, X_W, S_PROLOGUE)
+        acc += v.to(tl.float32)
+    elif SHORTCUT == PAD:
         k = n - S_BEFORE
         here = (k >= 0) & (k < X_C)
         # The channels that have no counterpart read channel 0 of their pixel and are masked after.

@@ -103,8 +103,10 @@ def save(file: Path, tiles: dict[str, Tile]) -> None:
     partial.write_text(json.dumps({name: asdict(tile) for name, tile in sorted(tiles.items())}, indent=1))
     partial.replace(file)
     measured.cache_clear()
+    choose.cache_clear()
 
 
+@functools.cache
 def choose(shape: ConvShape, dtype: torch.dtype, device: torch.device, prologue: bool, shortcut: int) -> Tile:
     """The tile for a convolution on this device: measured if it has been, else the default."""
     if device.type != "cuda":  # the interpreter

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["LOSS_SCALE", "Engine", "Executor", "Progress", "Tally", "choose", "get", "names"]
 
 # Fastest first; `auto` never takes the reference engine.
-_REGISTRY = {"torch": "TorchEngine", "reference": "ReferenceEngine"}
+_REGISTRY = {"triton": "TritonEngine", "torch": "TorchEngine", "reference": "ReferenceEngine"}
 
 
 def names() -> tuple[str, ...]:
