@@ -311,11 +311,18 @@ def train(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON, for a bug report or a script.")] = False,
+) -> None:
     """Print versions, engines (with the reason if one is missing), instruction sets, devices, data and networks."""
-    from .doctor import report
+    from . import doctor as room
 
-    print(report())
+    if as_json:
+        import json
+
+        print(json.dumps(room.report(), indent=2, default=str))
+    else:
+        print(room.text())
 
 
 @app.command()
