@@ -59,8 +59,8 @@ def add_shortcut(
         )  # fmt: skip
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
     elif SHORTCUT == IDENTITY:
-        k = n if N % n.shape[0] == 0 else tl.where(n < N, n, 0)
-        v = read_pixels(x_ptr, scale_ptr, shift_ptr, image, y, x, inside, k, X_C, X_H, X_W, S_PROLOGUE)
+        # Channels beyond N, which are not stored, read others; a mask would break the reads into single numbers.
+        v = read_pixels(x_ptr, scale_ptr, shift_ptr, image, y, x, inside, n % N, X_C, X_H, X_W, S_PROLOGUE)
         acc += v.to(tl.float32)
     elif SHORTCUT == PAD:
         k = n - S_BEFORE

@@ -39,9 +39,9 @@ def block_k(channels: int, dtype: torch.dtype) -> int:
 
 
 def _block_n(channels: int, most: int) -> int:
-    """The tile that wastes least of the stored channels; the largest of those."""
+    """Channels of a tile. Every tile reads its pixels anew, which costs about as much as 32 channels of products."""
     stored = width(channels)
-    return min((16, 32, 64, 128), key=lambda b: (b > most, -(-stored // b) * b, -b))
+    return min((b for b in (16, 32, 64, 128) if b <= most), key=lambda b: (-(-stored // b) * (b + 32), b))
 
 
 @functools.cache
