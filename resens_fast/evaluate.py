@@ -247,6 +247,7 @@ class _Bar:
                 unit="cfg·img",
                 unit_scale=True,
                 delay=2,
+                mininterval=0.5,
                 desc=f"{len(job.sweep)} configurations, {job.engine.name}",
                 bar_format=None
                 if reader.total is None
@@ -258,7 +259,12 @@ class _Bar:
         if self.bar is None:
             return None
         scale = images * self.configurations
-        return lambda share: (self.bar.update(share * scale), None)[1]
+
+        def update(share: float) -> None:
+            room = float("inf") if self.bar.total is None else self.bar.total - self.bar.n
+            self.bar.update(min(share * scale, room))  # shares add up to 1 but for rounding
+
+        return update
 
     def __enter__(self) -> _Bar:
         return self

@@ -7,6 +7,7 @@ another torch does not fail politely: it crashes, or its symbols are missing.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -80,3 +81,22 @@ def info() -> dict[str, Any]:
     sources (a hash); empty when nothing was built.
     """
     return dict(_load()[1] or {})
+
+
+def stale() -> bool:
+    """Whether this is a checkout whose csrc has changed since the library was built (it still loads)."""
+    root = Path(__file__).parent.parent
+    setup = root / "setup.py"
+    wanted = _load()[1]
+    if not wanted or not setup.is_file() or not (root / "csrc").is_dir():
+        return False
+    return source_hash(root) != wanted.get("sources")
+
+
+def source_hash(root: Path) -> str:
+    """One hash over the sources in a checkout; setup.py computes the same."""
+    digest = hashlib.sha256()
+    for path in sorted([*(root / "csrc").rglob("*"), root / "setup.py"]):
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py"):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

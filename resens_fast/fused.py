@@ -97,7 +97,7 @@ class Stem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """The last state to logits: scale * x + shift if given, ReLU if `relu`, mean over pixels, weight [K, C], bias [K]."""
+    """State to logits: scale * x + shift if given, ReLU if `relu`, mean over pixels, weight [K, C] and bias [K]."""
 
     scale: Tensor | None
     shift: Tensor | None
@@ -115,6 +115,8 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FusedNetwork:
+    """A whole network in folded form, all parameters of one dtype."""
+
     stem: Stem
     blocks: tuple[FusedBlock, ...]
     head: Head

@@ -173,14 +173,14 @@ def _is_shape(node: Any) -> bool:
     return attribute or (node.op == "call_method" and node.target == "size" and len(node.args) == 1)
 
 
-def trace(model: nn.Module, example: torch.Tensor) -> fx.Graph:
+def trace(model: nn.Module, example: torch.Tensor) -> tuple[fx.Graph, dict[str, str]]:
     """The functional graph of `model` (already in eval mode and a private copy) on `example` [B, C, H, W].
 
     Every node carries `owner` (path of the module whose forward ran it), `shape`, `writes` (inputs it modifies),
-    `alias` (inputs whose memory it shares) and `nothing` (it returned its input). Raises WrapError with the place
-    where the forward cannot be followed.
+    `alias` (inputs whose memory it shares) and `nothing` (it returned its input). Also returned: the modules that had
+    to stay whole, with the reason. Raises WrapError with the place where the forward cannot be followed.
     """
-    leaves: set[str] = set()
+    leaves: dict[str, str] = {}
     while True:
         try:
             graph = Tracer(frozenset(leaves)).trace(model)
@@ -189,12 +189,12 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.Graph:
                 _Probe(model, graph).run(example)
             graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
             _move_batch_sizes(graph)
-            return graph
+            return graph, leaves
         except _Untraceable as failure:
             if failure.path in leaves or not failure.path:
                 where = f"module {failure.path}" if failure.path else "the model's own forward"
                 raise WrapError(f"{where} cannot be traced: {failure.reason}") from failure
-            leaves.add(failure.path)
+            leaves[failure.path] = failure.reason
         except WrapError:
             raise
         except Exception as error:

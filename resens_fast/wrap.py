@@ -39,8 +39,13 @@ def wrap(model: nn.Module, example: Tensor | None = None) -> ResidualNetwork:
         twin = _double_copy(model)
         images = _probe_images(twin, example)
         expected = _run_model(twin, images)
-        graph = trace(twin, images)
-        recipe = _recipe(cut(graph, twin), twin, images, expected)
+        graph, whole = trace(twin, images)
+        try:
+            found = cut(graph, twin)
+        except WrapError as error:
+            hint = "".join(f"; module {path} stayed whole because {reason}" for path, reason in list(whole.items())[:1])
+            raise WrapError(f"{error}{hint}") from None
+        recipe = _recipe(found, twin, images, expected)
         _verify(recipe, twin, images, expected)
     return ResidualNetwork(model, recipe)
 
@@ -62,7 +67,7 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
 
     def images(shape: Shape) -> Tensor:
-        return torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(device)
+        return torch.randn(2, *shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
 
     if example is not None:
         if not isinstance(example, Tensor) or example.ndim != 4:

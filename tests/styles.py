@@ -211,7 +211,9 @@ class HighwayBlock(nn.Module):
 class Network(nn.Module):
     """Stem, three stages and a head around a block class; `final` adds the norm and ReLU that pre-activation needs."""
 
-    def __init__(self, block: Callable[[int, int, int], nn.Module], depth: int = 2, width: int = 8, final: bool = False):
+    def __init__(
+        self, block: Callable[[int, int, int], nn.Module], depth: int = 2, width: int = 8, final: bool = False
+    ):
         super().__init__()
         self.conv1, self.bn1 = conv3(3, width), nn.BatchNorm2d(width)
         stages, i = [], width
@@ -233,6 +235,21 @@ class Network(nn.Module):
             out = F.relu(self.bn(out))
         out = F.avg_pool2d(out, out.size()[3])
         return self.linear(out.view(out.size(0), -1))
+
+
+class ImageNetStyle(nn.Module):
+    """An ImageNet stem: stride-2 convolution and max pool, in front of bottlenecks; biases everywhere."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, 8, 7, 2, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        )
+        self.blocks = nn.Sequential(FunctionBottleneck(8, 16, 1), FunctionBottleneck(16, 16, 1))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 5, 1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))
 
 
 class LoopNetwork(nn.Module):

@@ -151,7 +151,7 @@ def test_family(name: str) -> None:
     assert torch.equal(x, kept)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].blocks < 16])
 @torch.no_grad()
 def test_states_are_never_modified_and_gates_scale_the_branch(name: str) -> None:
     family = FAMILIES[name]
@@ -213,7 +213,9 @@ def test_sequential(batch_norm: bool) -> None:
 
 @torch.no_grad()
 def test_torchvision_vgg() -> None:
-    model = styles.randomise(torchvision.models.vgg11_bn(num_classes=7)).double()
+    model = torchvision.models.vgg11_bn(init_weights=False)
+    model.classifier = nn.Linear(512 * 7 * 7, 7)  # the original one has 120 million weights
+    model = styles.randomise(model).double()
     net = rf.wrap(model, torch.zeros(1, 3, 32, 32))
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     assert len(net.blocks) == 7

@@ -8,12 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..errors import EngineError
 from .base import LOSS_SCALE, Engine, Executor, Progress, Tally
 
 if TYPE_CHECKING:
+    import torch  # only here: at run time ``engines.torch`` is the engine of that name
+
     from ..network import ResidualNetwork
 
 __all__ = ["LOSS_SCALE", "Engine", "Executor", "Progress", "Tally", "choose", "get", "names"]
