@@ -9,29 +9,33 @@ What it computes, for each step (source, destination, slot, gate) of the launch:
     out = t, rounded once to the type of the state
 
 The first convolution of a block reads states[source], the last one writes states[destination]; between them the
-intermediate image of the step's number within the launch stays in a scratch area. The accumulator is fp32 from the first
-product to the shortcut. The gate scales the branch there, in fp32 and never the stream, so small gates lose nothing.
+intermediate image of the step's number within the launch stays in a scratch area. The accumulator is fp32 from the
+first product to the shortcut. The gate scales the branch there, in fp32 and never the stream, so small gates lose
+nothing.
 
 How work maps to programs: axis 0 is (step, tile of BLOCK_M output pixels), axis 1 the tile of BLOCK_N output channels.
 The pixels of all images stand in one row, so small images share a tile and a batch need not fill one. Steps of one
 launch share the shapes, not the block: each program reads its row of the table, and with it which state and whose
 weights. Neighbouring steps use the same block, so its weights come from L2 once for all of them.
 
-Why two (or three) launches per block and not one: a fused block must exchange the intermediate image between programs or
-keep a whole image in one program, and Triton has no way to read a shifted tile out of registers; it would go through
-global memory all the same. Here the intermediate of a launch is small enough to stay in L2 (schedule.py cuts launches to
-that end), so fusing would save only L2 traffic, 64 bytes a pixel at 16 channels against 4,608 multiply-adds.
+Why two (or three) launches per block and not one: a fused block must exchange the intermediate image between programs
+or keep a whole image in one program, and Triton has no way to read a shifted tile out of registers; it would go
+through global memory all the same. Here the intermediate of a launch is small enough to stay in L2 (schedule.py cuts
+launches to that end), so fusing would save only L2 traffic, 64 bytes a pixel at 16 channels against 4,608
+multiply-adds.
 
-Memory traffic, per pixel and step of a basic block with c channels of b bytes: the state is read twice and written once,
-the intermediate written and read once: 5cb bytes, most of it from L2, for 18c² multiply-adds. At 16 channels in bf16
-that is 29 multiply-adds a byte, so the first stage is bound by L2 and by the instructions around the products, the
-last by the products.
+Memory traffic, per pixel and step of a basic block with c channels of b bytes: the state is read twice and written
+once, the intermediate written and read once: 5cb bytes, most of it from L2, for 18c² multiply-adds. At 16 channels in
+bf16 that is 29 multiply-adds a byte, so the first stage is bound by L2 and by the instructions around the products,
+the last by the products.
 
-The result of a pixel does not depend on which pixels share its tile: the order of the products depends on the shapes and
-BLOCK_K alone. So a configuration's states are bitwise the same in any batch and any sweep.
+The result of a pixel does not depend on which pixels share its tile: the order of the products depends on the shapes
+and BLOCK_K alone. So a configuration's states are bitwise the same in any batch and any sweep.
 
 The naive version is `Block.run` in the reference engine.
 """
+
+# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl

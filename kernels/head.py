@@ -13,13 +13,15 @@ How work maps to programs: `pool` has one program per (step, image) and BLOCK_C 
 one fixed order. `classify` has one program per step and 16 images, since 16 is the least tl.dot takes, and walks over
 the classes BLOCK_K at a time, keeping the running maximum and sum of exponentials, so that any number of classes fits.
 
-Memory traffic: the state is read once; the means are 4C bytes a word and image, and the logits stay in registers unless
-asked for. The sums are integers, so the order in which the programs add them does not matter: a word's counts are the
-same alone or in any sweep. Weights are fp32 here in every type of the network: the head is a thousandth of the work, and
-ties between rounded logits would be ties in the prediction.
+Memory traffic: the state is read once; the means are 4C bytes a word and image, and the logits stay in registers
+unless asked for. The sums are integers, so the order in which the programs add them does not matter: a word's counts
+are the same alone or in any sweep. Weights are fp32 here in every type of the network: the head is a thousandth of
+the work, and ties between rounded logits would be ties in the prediction.
 
 The naive version is `count` in resens_fast/engines/base.py on the logits of the reference engine.
 """
+
+# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl

@@ -205,7 +205,8 @@ def pack(
         members.setdefault(shape, []).append(block)
         state = shape.shape_out
         largest = max(largest, width(state[0]) * state[1] * state[2])
-    groups, slot_of = [], {}
+    groups: list[Group] = []
+    slot_of: dict[int, tuple[int, int]] = {}
     for shape, blocks in members.items():
         for slot, block in enumerate(blocks):
             slot_of[block.index] = (len(groups), slot)
@@ -226,9 +227,16 @@ def pack(
         tuple(groups),
         slot_of,
         Head(
-            state[0], state[1] * state[2], len(head.weight), head.scale is not None, head.relu,
-            _vectors([head.scale], device), _vectors([head.shift], device), weight, head.bias.float().to(device),
-        ),  # fmt: skip
+            channels=state[0],
+            pixels=state[1] * state[2],
+            classes=len(head.weight),
+            prologue=head.scale is not None,
+            relu=head.relu,
+            scale=_vectors([head.scale], device),
+            shift=_vectors([head.shift], device),
+            weight=weight,
+            bias=head.bias.float().to(device),
+        ),
         largest,
         (network.input_shape[0], *(size or network.input_shape[1:])),
         device,

@@ -5,13 +5,13 @@ What it computes, for a tile of output pixels (image, y, x) and a tile of output
     sum over taps (i, j) and input channels k of  a[image, y*STRIDE - PADDING + i, x*STRIDE - PADDING + j, k]
                                                   * weight[i, j, k, n]
 
-It is an implicit matrix product of depth KERNEL² * C: each pass multiplies [BLOCK_M pixels, BLOCK_K channels] of one tap
-with [BLOCK_K, BLOCK_N] weights on the tensor cores. Pixels outside the image are masked to zero, so there is no halo to
-store, and any image size works.
+It is an implicit matrix product of depth KERNEL² * C: each pass multiplies [BLOCK_M pixels, BLOCK_K channels] of one
+tap with [BLOCK_K, BLOCK_N] weights on the tensor cores. Pixels outside the image are masked to zero, so there is no
+halo to store, and any image size works.
 
 Layout: an image is [y, x, C] with the channels last, so that the channels of a pixel are one contiguous read; weights
-are [tap, C, N]. C and N are multiples of 16 (pack.py fills up with zeros), so the reads of a tile are never masked along
-the channels and tl.dot always has a depth of at least 16.
+are [tap, C, N]. C and N are multiples of 16 (pack.py fills up with zeros), so the reads of a tile are never masked
+along the channels and tl.dot always has a depth of at least 16.
 
 Memory traffic: each tap reads the tile of pixels again, but nine shifts of a tile overlap almost wholly, and eight of
 the nine reads come from L1. From L2 a tile is read about once, and the weights once per tile.
@@ -19,6 +19,8 @@ the nine reads come from L1. From L2 a tile is read about once, and the weights 
 The naive version is torch.nn.functional.conv2d on `relu(scale * a + shift)`, as resens_fast/engines/reference.py calls
 it through the model's own blocks.
 """
+
+# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl

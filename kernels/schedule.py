@@ -1,13 +1,14 @@
 """From the plan's levels to launches: which rows of the table each kernel call serves.
 
-A level is cut by what its steps are compiled to (RUN, SHORTCUT or HEAD, and the group of the block) and then into pieces
-whose intermediate images fit the scratch area. Pieces of one level do not depend on one another, except that HEADs come
-last; the launches of a stream run in order anyway.
+A level is cut by what its steps are compiled to (RUN, SHORTCUT or HEAD, and the group of the block) and then into
+pieces whose intermediate images fit the scratch area. Pieces of one level do not depend on one another, except that
+HEADs come last; the launches of a stream run in order anyway.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +68,7 @@ def schedule(packed: Packed, levels: Levels, batch: int, scratch_bytes: int) -> 
     change = np.flatnonzero((np.diff(steps[:, [4, 0]], axis=0) != 0).any(axis=1) | (np.diff(place[:, 0]) != 0)) + 1
     bounds = [0, *change.tolist(), len(steps)]
     launches, scratch, means = [], [0, 0], 0
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         op, group = int(steps[begin, 0]), int(place[begin, 0])
         each = step_elements(packed, op, group)
         size = batch * sum(each) * packed.dtype.itemsize if op == RUN else batch * width(packed.head.channels) * 4

@@ -7,13 +7,15 @@ What it computes, for a tile of output pixels and channels, in fp32, with v = x 
                 behind (option A)
     PROJECTION  bias + convolution of v (averaged over POOL x POOL pixels first, if POOL)
 
-The last convolution of a block adds it to its own accumulator before it writes, so a shortcut is never written anywhere:
-identity and pad read one tile of the incoming state, and a projection is a second product on top of the same
-accumulator. The kernel `shortcut` is for deleted blocks only (SHORTCUT in the plan); its programs are laid out as those
-of conv.py.
+The last convolution of a block adds it to its own accumulator before it writes, so a shortcut is never written
+anywhere: identity and pad read one tile of the incoming state, and a projection is a second product on top of the
+same accumulator. The kernel `shortcut` is for deleted blocks only (SHORTCUT in the plan); its programs are laid out
+as those of conv.py.
 
 The naive version is `Block.skip` in the reference engine.
 """
+
+# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl
@@ -86,7 +88,7 @@ def tile_of_step(images, PIXELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.
 
 @triton.jit
 def write_tile(out_ptr, acc, index, inside, n, N: tl.constexpr, CHANNELS: tl.constexpr):
-    """Store acc [M, N] as the channels n of the pixels `index`; the channels that fill up a multiple of 16 stay zero."""
+    """Store acc [M, N] as the channels n of the pixels `index`; those that fill up a multiple of 16 stay zero."""
     if CHANNELS != N:
         # Zero weights do not keep them zero where a state is infinite.
         acc = tl.where((n < CHANNELS)[None, :], acc, 0.0)
@@ -128,7 +130,7 @@ def shortcut(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """states[destination] = shortcut(states[source]) for every step of the launch, then ReLU where the block closes so."""
+    """states[destination] = shortcut(states[source]) for every step of the launch, and a ReLU with CLOSING."""
     step, index, image, y, x, inside = tile_of_step(images, HEIGHT * WIDTH, WIDTH, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = tl.load(steps_ptr + (first + step) * 3).to(tl.int64)

@@ -43,9 +43,9 @@ class Specialisation:
         if "means_ptr" in self.kernel.arg_names:
             types["weight_ptr"] = "*fp32"
         signature = {
-            name: "constexpr" if name in self.constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-            for name in self.kernel.arg_names
+            name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in self.kernel.arg_names
         }
+        signature |= dict.fromkeys(self.constants, "constexpr")
         aligned = [i for i, (n, t) in enumerate(signature.items()) if t[0] == "*" or n.endswith("_size")]
         return ASTSource(self.kernel, signature, self.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
 
@@ -61,12 +61,14 @@ class Resources:
     """mma.sync, wgmma, tcgen05: those that occur"""
 
 
-def block(shape_in: tuple[int, int, int], inner: int, stride: int, pre: bool, bottleneck: bool, side: str) -> BlockShape:
+def block(
+    shape_in: tuple[int, int, int], inner: int, stride: int, pre: bool, bottleneck: bool, side: str
+) -> BlockShape:
     """A usual block; side is "identity", "pad" or "projection"."""
     c, h, w = shape_in
     n = inner * (4 if bottleneck else 1)
     plan = ((inner, 1, 1), (inner, 3, stride), (n, 1, 1)) if bottleneck else ((n, 3, stride), (n, 3, 1))
-    convs = []
+    convs: list[ConvShape] = []
     for channels, kernel, step in plan:
         convs.append(ConvShape(c, channels, h, w, kernel, step, kernel // 2, len(convs) < len(plan) - 1))
         c, h, w = channels, output(h, kernel, step, kernel // 2), output(w, kernel, step, kernel // 2)

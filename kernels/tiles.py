@@ -1,7 +1,7 @@
 """How large the tiles are: a default for every shape and architecture, and what this machine has measured.
 
-The defaults come from the resources of the compiled kernels (tests/test_triton_compile.py keeps them within a table): no
-spills, and enough programs on a multiprocessor to hide the reads. `python -m resens_fast.kernels.tune` times the
+The defaults come from the resources of the compiled kernels (tests/test_triton_compile.py keeps them within a table):
+no spills, and enough programs on a multiprocessor to hide the reads. `python -m resens_fast.kernels.tune` times the
 candidates on the card at hand and keeps the fastest in a file of this machine; nothing is ever tuned by itself, so
 the first call costs only the compilation.
 
@@ -61,7 +61,8 @@ def default(channels: int, dtype: torch.dtype, capability: int) -> Tile:
 def candidates(channels: int, dtype: torch.dtype, capability: int) -> list[Tile]:
     """What tuning tries, the default first."""
     first = default(channels, dtype, capability)
-    sizes = [(m, n) for m in (64, 128, 256) for n in (16, 32, 64, 128) if n <= max(16, width(channels)) and m * n <= 2**14]
+    most = width(channels)
+    sizes = [(m, n) for m in (64, 128, 256) for n in (16, 32, 64, 128) if n <= most and m * n <= 2**14]
     return [first] + [
         tile
         for m, n in sizes
