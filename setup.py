@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
@@ -52,7 +53,7 @@ ISA_FLAGS = {
 
 
 class MissingPart(SystemExit):
-    """RESENS_FAST_CUDA=1 and something is not there."""
+    """Something that is demanded is not there: one sentence and no traceback."""
 
 
 def isa_of(source: Path) -> str | None:
@@ -285,5 +286,12 @@ def extension_arguments() -> dict[str, Any]:
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
+def check_setuptools(version: str) -> None:
+    """Without build isolation pip does not look at pyproject.toml's build requirements, and an older one rejects it."""
+    if int(version.split(".")[0]) < 77:
+        raise MissingPart(f"resens_fast needs setuptools 77 or newer, but this is {version}; pip install -U setuptools")
+
+
 if __name__ == "__main__":
+    check_setuptools(setuptools.__version__)
     setup(**extension_arguments())

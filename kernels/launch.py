@@ -116,7 +116,7 @@ def classify_constants(head: Head, count: bool, logits: bool) -> dict[str, Any]:
         "LOGITS": logits,
         "BLOCK_I": 16,
         "BLOCK_C": 32,
-        "BLOCK_K": min(64, max(16, power_of_two(head.classes))),
+        "BLOCK_K": min(32, max(16, power_of_two(head.classes))),
     }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -138,9 +139,35 @@ def _split_sides(e: Element, graph: fx.Graph, model: nn.Module) -> None:
     if _highway(e, sides, graph, model):
         return
     identity = [s for s in sides if _is_start(s, e.start)]
-    order = sorted(sides, key=lambda s: (s not in identity, *_weight(s, e, model)))
-    e.shortcut, e.branch = order
+    order = sorted(_addends(e), key=lambda s: (s not in identity, not _is_start(s, e.start), *_weight(s, e, model)))
+    e.shortcut = order[0]
+    if e.shortcut in sides:
+        e.branch = sides[sides[0] is e.shortcut]
+    else:  # (x + f) + g is x + (f + g)
+        e.branch = functools.reduce(lambda a, b: _insert(graph, e, operator.add, a, b), order[1:])
     e.transform = _gate_of(e.branch, e.shortcut)
+
+
+def _addends(e: Element) -> list[fx.Node]:
+    """The two or more paths from the element's start that its end sums up.
+
+    A sum in which one addend is made from the other is a residual of its own inside a path, and stays whole.
+    """
+    found: list[fx.Node] = []
+    stack = list(operands(e.end))[::-1]
+    while stack:
+        node = stack.pop()
+        pair = operands(node) if node is not e.start and is_add(node) and len(node.users) == 1 else ()
+        shapes = {m.meta.get("shape") if isinstance(m, fx.Node) else None for m in pair}
+        if shapes == {e.end.meta["shape"]}:
+            paths = [{m, *_reach(m, e)} for m in pair]
+            if all(e.start in path for path in paths) and not any(
+                m in path and m is not e.start for m, path in zip(pair, paths[::-1], strict=True)
+            ):
+                stack += pair[::-1]
+                continue
+        found.append(node)
+    return found
 
 
 def _gate_of(branch: fx.Node, shortcut: fx.Node) -> fx.Node | None:
@@ -180,13 +207,17 @@ def _highway(e: Element, sides: Sequence[fx.Node], graph: fx.Graph, model: nn.Mo
 
 
 def _gated(e: Element, s: fx.Node, f: fx.Node, t: fx.Node, graph: fx.Graph) -> bool:
-    with graph.inserting_before(e.end):
-        difference = graph.call_function(operator.sub, (f, s))
-        branch = graph.call_function(operator.mul, (t, difference))
-    for node in (difference, branch):
-        node.meta = {"owner": e.end.meta["owner"], "shape": e.end.meta["shape"], "writes": (), "alias": ()}
-    e.shortcut, e.branch, e.transform = s, branch, t
+    difference = _insert(graph, e, operator.sub, f, s)
+    e.shortcut, e.branch, e.transform = s, _insert(graph, e, operator.mul, t, difference), t
     return True
+
+
+def _insert(graph: fx.Graph, e: Element, operation: Callable[..., Any], a: fx.Node, b: fx.Node) -> fx.Node:
+    """A node of our own at the element's end."""
+    with graph.inserting_before(e.end):
+        node = graph.call_function(operation, (a, b))
+    node.meta = {"owner": e.end.meta["owner"], "shape": e.end.meta["shape"], "writes": (), "alias": ()}
+    return node
 
 
 def _target(node: fx.Node) -> str:

@@ -14,9 +14,9 @@ import torch
 
 from . import engines
 from .engines import Engine, Executor, Tally
-from .errors import DataError, StudyError, SweepError
+from .errors import DataError, EngineError, StudyError, SweepError, WrapError
 from .folder import FORMAT, StudyFolder
-from .images import ImageHash, ImageReader, check_images
+from .images import ImageHash, ImageReader, check_images, tensor
 from .plan import Plan, plan
 from .study import Part, Study
 from .sweep import Sweep
@@ -52,6 +52,7 @@ def evaluate(
     """
     job = _Job(net, sweep, engine, dtype, device)
     reader = ImageReader(data, net.structure)
+    job.choose(reader.peek())
     if out is None:
         return _run(job, reader, None, progress)
     folder = StudyFolder(out)
@@ -72,8 +73,9 @@ def logits(
     Raises what `evaluate` raises. Memory is C × B × classes numbers; for errors and losses alone use `evaluate`.
     """
     job = _Job(net, sweep, engine, dtype, device)
-    images = torch.as_tensor(images)
+    images = tensor(images, "images")
     check_images(images, net.structure)
+    job.choose(images)
     with job.executor(images[:1]) as executor:
         starts = range(0, max(1, len(images)), executor.batch)
         rows = torch.cat([executor.logits(images[start : start + executor.batch]) for start in starts], dim=1)
@@ -81,7 +83,7 @@ def logits(
 
 
 class _Job:
-    """What is to be computed, checked, before any image is read."""
+    """What is to be computed, checked before any image is read."""
 
     def __init__(
         self,
@@ -93,14 +95,25 @@ class _Job:
     ) -> None:
         if not isinstance(sweep, Sweep):
             raise SweepError(f"a sweep is needed, not {type(sweep).__name__}; build one with resens_fast.sweeps")
+        if not (hasattr(net, "structure") and hasattr(net, "recipe")):
+            raise WrapError(
+                f"a wrapped network is needed, not {type(net).__name__}; call resens_fast.wrap(model) first"
+            )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise EngineError(f"dtype must be a torch.dtype such as torch.float32, not {dtype!r}")
         self.net, self.sweep = net, sweep
         self.plan: Plan = plan(net, sweep)
-        self.device = torch.device(device) if device is not None else net.device
+        self.device = _usable(device) if device is not None else net.device
         if dtype is None:
             dtype = torch.float64 if engine == "reference" else net.dtype
         self.dtype = dtype
+        self._wanted = engine
+
+    def choose(self, example: torch.Tensor) -> None:
+        """Settle on the engine, which depends on the size of the images too."""
         self.engine: Engine
-        self.engine, self.passed_over = engines.choose(engine, net, self.device, dtype)
+        size = tuple(example.shape[1:]) if len(example) else None
+        self.engine, self.passed_over = engines.choose(self._wanted, self.net, self.device, self.dtype, size)
 
     @contextmanager
     def executor(self, example: torch.Tensor) -> Iterator[Executor]:
@@ -109,7 +122,8 @@ class _Job:
         self.net.eval()
         try:
             _check_size(self.net, example)
-            yield self.engine.prepare(self.net, self.plan, self.device, self.dtype)
+            with torch.autocast(self.device.type, enabled=False):  # the dtype is what the manifest says
+                yield self.engine.prepare(self.net, self.plan, self.device, self.dtype)
         finally:
             for module, flag in flags.items():
                 module.training = flag
@@ -153,11 +167,13 @@ def _run(job: _Job, reader: ImageReader, folder: StudyFolder | None, progress: b
     if study.complete:
         return study
     with job.executor(reader.peek()) as executor, _Bar(job, reader, study.images, progress) as bar:
-        if folder and not parts:
-            folder.create(manifest, job.sweep)
+        # Some engines know only now which way they take.
+        manifest["engine"].update(bitwise=job.engine.bitwise, path=job.engine.path)
         began, before = time.monotonic(), manifest["seconds"]
 
         def finish(part: Part) -> None:
+            if folder and not parts:  # only now: data that turn out to be bad at once leave no folder behind
+                folder.create(manifest, job.sweep)
             parts.append(part)
             manifest["seconds"] = round(before + time.monotonic() - began, 3)
             if folder:
@@ -287,6 +303,15 @@ def _check_size(net: ResidualNetwork, images: torch.Tensor) -> None:
             f"the network does not take images of the shape {size} (it was wrapped with "
             f"{net.structure.input_shape}): {str(error).splitlines()[0]}"
         ) from None
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """The device, after a first number was put there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise EngineError(f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
 
 
 def _device_name(device: torch.device) -> str:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,13 @@ from .sweep import Sweep
 
 FORMAT = 1
 _TEMPORARY = ".unfinished"
+# What must be in a manifest to open and to resume it.
+_MANIFEST = {
+    "network": ("fingerprint", "structure"),
+    "sweep": ("digest",),
+    "data": ("images",),
+    "engine": ("name", "dtype"),
+}
 
 
 class StudyFolder:
@@ -37,11 +44,14 @@ class StudyFolder:
         kept.
         """
         try:
+            fresh = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise StudyError(f"{self.path} is a file; give a folder for the study") from None
         except OSError as error:
             raise StudyError(f"cannot make the folder {self.path}: {error.strerror}") from None
+        except ValueError as error:  # a name with a null byte
+            raise StudyError(f"cannot make the folder {str(self.path)!r}: {error}") from None
         try:
             import fcntl
         except ImportError:  # Windows
@@ -56,7 +66,19 @@ class StudyFolder:
                 ) from None
             except OSError:
                 pass  # a file system without locks
-            yield
+            try:
+                yield
+            finally:
+                if not self.manifest_path.exists():
+                    self._tidy(fresh)
+
+    def _tidy(self, fresh: bool) -> None:
+        """After a refusal: no lock file or sweep stays behind, and no folder that was not there before."""
+        with suppress(OSError):
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.sweep_path.unlink(missing_ok=True)
+            if fresh:
+                self.path.rmdir()
 
     def _open_lock(self) -> IO[bytes]:
         try:
@@ -109,7 +131,10 @@ class StudyFolder:
                 f"{self.sweep_path} is not the sweep that {self.manifest_path.name} names; delete {self.path} "
                 "and evaluate again"
             )
-        return Study(manifest, sweep, self.read_parts(len(sweep)), self.path)
+        study = Study(manifest, sweep, self.read_parts(len(sweep)), self.path)
+        if study.images != manifest["data"]["images"]:  # parts were deleted since, perhaps because one was damaged
+            manifest["complete"] = False
+        return study
 
     def read_manifest(self) -> dict[str, Any]:
         if not self.manifest_path.is_file():
@@ -117,8 +142,10 @@ class StudyFolder:
         try:
             manifest = json.loads(self.manifest_path.read_text())
             version = manifest["format"]
-            for key in ("network", "sweep", "data", "engine", "complete"):
-                manifest[key]
+            for key, names in _MANIFEST.items():
+                for name in names:
+                    manifest[key][name]
+            float(manifest["seconds"]), bool(manifest["complete"])
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(
                 f"{self.manifest_path} is damaged ({_short(error)}); delete {self.path} and evaluate again"

@@ -31,7 +31,7 @@ class ImageReader:
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.total: int | None
         if isinstance(data, (tuple, list)) and len(data) == 2:
-            images, labels = (torch.as_tensor(part) for part in data)
+            images, labels = tensor(data[0], "images"), tensor(data[1], "labels")
             self.total = len(images) if images.ndim else 0
             self._source: Iterator[Any] = iter([(images, labels)] if self.total else [])
         elif isinstance(data, torch.utils.data.DataLoader):
@@ -67,15 +67,30 @@ class ImageReader:
 
     def _fill(self, count: int) -> int:
         have = sum(len(labels) for _, labels in self._left)
-        while have < count and (batch := next(self._source, None)) is not None:
-            self._left.append(self._check(batch))
-            have += len(self._left[-1][1])
+        while have < count and (batch := self._next()) is not None:
+            images, labels = self._check(batch)
+            if self._left and self._left[0][0].shape[1:] != images.shape[1:]:
+                raise _of_two_sizes(f"{list(self._left[0][0].shape[1:])} and {list(images.shape[1:])}")
+            self._left.append((images, labels))
+            have += len(labels)
         return have
+
+    def _next(self) -> Any:
+        try:
+            return next(self._source, None)
+        except (TypeError, RuntimeError) as error:
+            for line in str(error).splitlines():  # of several workers too; all else is the data set's own affair
+                if "stack expects each tensor to be equal size" in line:
+                    raise _of_two_sizes(line.partition("but got ")[2]) from None
+                if "default_collate: batch must contain" in line:
+                    found = line.partition("found ")[2]
+                    raise DataError(f"the data set yields {found}; give it a transform that makes tensors") from None
+            raise
 
     def _check(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(f"the data must yield (images, labels), not {type(batch).__name__}")
-        images, labels = (torch.as_tensor(part) for part in batch)
+        images, labels = tensor(batch[0], "images"), tensor(batch[1], "labels")
         check_images(images, self.structure)
         if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
             raise DataError(
@@ -93,6 +108,24 @@ class ImageReader:
                 f"(0 to {self.structure.classes - 1}); is this the right data set?"
             )
         return images, labels
+
+
+def _of_two_sizes(sizes: str) -> DataError:
+    return DataError(f"the images of a batch have different sizes, {sizes}; resize or crop them to one")
+
+
+def tensor(values: Any, name: str) -> torch.Tensor:
+    """A dense tensor with values, from a tensor, an array or nested lists; DataError for anything else."""
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"{name} must be a tensor or an array of numbers, not {type(values).__name__} ({reason})"
+        ) from None
+    if found.is_meta or found.layout != torch.strided:
+        raise DataError(f"{name} must be a dense tensor with values, not one of {found.device} in {found.layout}")
+    return found
 
 
 def _length(data: Any) -> int | None:

@@ -63,7 +63,9 @@ class ResidualNetwork(nn.Module):
         self.blocks = tuple(Block(block, model) for block in recipe.blocks)
         self.structure = recipe.structure
         self.input_shape = recipe.structure.input_shape
-        self.fast_forward = None
+        from resens_fast.engines.cpu import FastForward
+
+        self.fast_forward = FastForward(self)
 
     def stem(self, x: Tensor) -> Tensor:
         """The state [B, C, H, W] that the first block receives, for images [B, C, H, W]."""
@@ -157,7 +159,15 @@ class ResidualNetwork(nn.Module):
             shape = "x".join(map(str, b.shape_out))
             if b.is_transition:
                 shape = "x".join(map(str, b.shape_in)) + " -> " + shape
-            deleted = "no" if not b.deletable else "nothing runs" if b.drops else "shortcut runs"
+            deleted = (
+                "no"
+                if not b.deletable
+                else "nothing runs"
+                if b.drops
+                else "shortcut runs"
+                if b.gateable
+                else "pooling runs"
+            )
             rows.append((str(b.index), b.name, str(b.stage), b.kind, shape, f"{count:,}", deleted))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

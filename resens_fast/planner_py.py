@@ -1,4 +1,4 @@
-"""The planner in plain Python: the same plans as csrc/planner.cpp and csrc/levels.cpp, some fifty times slower.
+"""The planner in plain Python: the same plans as csrc/planner.cpp and csrc/levels.cpp, 25 to 100 times slower.
 
 It stands in when the extension is missing, and tests compare the two instruction by instruction. The reasons behind the
 schedules are written down in the C++ files; here is only what they do.

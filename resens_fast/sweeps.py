@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +21,7 @@ from .sweep import Sweep
 if TYPE_CHECKING:
     from .network import ResidualNetwork
 
-    Network = ResidualNetwork | Structure
+    Network: TypeAlias = ResidualNetwork | Structure
 
 _DELETE_STREAM, _SWAP_STREAM = 0, 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +82,7 @@ def _normalise(graph: fx.Graph, model: nn.Module) -> None:
     """Remove what computes nothing: assertions, unused inputs, plain identities, dead code."""
     for node in reversed(graph.nodes):
         is_assert = node.op == "call_function" and "assert" in getattr(node.target, "__name__", "")
-        if is_assert or (node.op == "placeholder" and not node.users and node is not next(iter(graph.nodes))):
+        if is_assert:
             node.replace_all_uses_with(node.all_input_nodes[0] if node.all_input_nodes else None)
             graph.erase_node(node)
     for node in list(graph.nodes):
@@ -91,6 +92,9 @@ def _normalise(graph: fx.Graph, model: nn.Module) -> None:
         elif node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             raise _Untraceable(_user_owner(node), "it makes a constant tensor inside forward")
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output", "call_module") or _writes(n))
+    for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users][::-1]:
+        if node is not next(iter(graph.nodes)):
+            graph.erase_node(node)
 
 
 def _user_owner(node: fx.Node) -> str:
@@ -173,6 +177,12 @@ def _is_shape(node: Any) -> bool:
     return attribute or (node.op == "call_method" and node.target == "size" and len(node.args) == 1)
 
 
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """The arguments of forward that have a default: they keep it, so that `if targets is not None` can be followed."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.kind is not p.VAR_KEYWORD}
+
+
 def trace(model: nn.Module, example: torch.Tensor) -> tuple[fx.Graph, dict[str, str]]:
     """The functional graph of `model` (already in eval mode and a private copy) on `example` [B, C, H, W].
 
@@ -183,7 +193,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> tuple[fx.Graph, dict[str, 
     leaves: dict[str, str] = {}
     while True:
         try:
-            graph = Tracer(frozenset(leaves)).trace(model)
+            graph = Tracer(frozenset(leaves)).trace(model, _defaults(model))
             _normalise(graph, model)
             with torch.no_grad():
                 _Probe(model, graph).run(example)

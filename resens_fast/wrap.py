@@ -19,14 +19,19 @@ from resens_fast.trace import trace
 
 TOLERANCE = 1e-9  # of the largest logit, in float64: the pieces do the same operations, only a highway's order differs
 
+OUTER = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+}
+
 
 def wrap(model: nn.Module, example: Tensor | None = None) -> ResidualNetwork:
     """Find the residual blocks of a classifier and return it as a ResidualNetwork, checked on a probe batch.
 
     `example` is a batch [B, C, H, W] of the image size the network works on (its values do not matter); without it the
-    size is guessed from the first convolution. The model itself is shared and left as it was. Raises WrapError when it
-    is not an nn.Module, its forward cannot be traced, nothing residual or sequential is found, or the parts put
-    together differ from it.
+    size is the model's own `input_shape` (C, H, W) if it has one, else guessed from its first convolution. The model
+    itself is shared and left as it was. Raises WrapError when it is not an nn.Module, its forward cannot be traced,
+    nothing residual or sequential is found, or the parts put together differ from it.
     """
     if isinstance(model, ResidualNetwork):
         model = model.model
@@ -34,6 +39,13 @@ def wrap(model: nn.Module, example: Tensor | None = None) -> ResidualNetwork:
         raise WrapError(f"wrap() needs a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise WrapError("wrap() cannot look into a TorchScript module; pass the Python model it was made from")
+    for kind, inner in OUTER.items():
+        if isinstance(model, kind):
+            raise WrapError(f"wrap() cannot look into {type(model).__name__}; pass model.{inner}")
+    if "_orig_mod" in model._modules:  # torch.compile's; its class lives in a module that is slow to import
+        raise WrapError(f"wrap() cannot look into {type(model).__name__}; pass model._orig_mod")
+    if any(p.is_meta for p in itertools.chain(model.parameters(), model.buffers())):
+        raise WrapError("the model is on the meta device, which keeps no values; load its weights first")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         twin = _double_copy(model)
@@ -74,6 +86,9 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
             shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
             raise WrapError(f"example must be a batch of images [B, C, H, W], got {shape}")
         return images((example.shape[1], example.shape[2], example.shape[3]))
+    known = getattr(model, "input_shape", None)  # networks that ship with the package say it
+    if isinstance(known, tuple) and len(known) == 3 and all(isinstance(size, int) for size in known):
+        return images(known)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     if not convs:
         raise WrapError(
@@ -87,7 +102,7 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
         probe = images((channels, size, size))
         try:
             with torch.no_grad():
-                model(probe)
+                model(probe.clone())
             return probe
         except Exception as error:
             reason = reason or _first_line(error)
@@ -100,7 +115,7 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
 def _run_model(model: nn.Module, images: Tensor) -> Tensor:
     try:
         with torch.no_grad():
-            logits = model(images)
+            logits = model(images.clone())  # some models write into their input
     except Exception as error:
         raise WrapError(f"the model fails on images of shape {tuple(images.shape)}: {_first_line(error)}") from error
     if not isinstance(logits, Tensor):
@@ -203,11 +218,16 @@ def _verify(recipe: Recipe, model: nn.Module, images: Tensor, expected: Tensor) 
         for block in recipe.blocks:
             state = Block(block, model).run(state)
         logits = recipe.head(model, state)
-        again = model(images)
+        again = model(images.clone())
     scale = max(1.0, float(expected.abs().max()))
     if float((again - expected).abs().max()) > TOLERANCE * scale:
         raise WrapError(
             "the model gives different logits for the same images in eval mode; wrap() needs a deterministic model"
+        )
+    if float((_run_model(model, images[:1]) - expected[:1]).abs().max()) > TOLERANCE * scale:
+        raise WrapError(
+            "the model's logits of an image change with the other images of the batch (a norm without running "
+            "statistics?); wrap() needs a model that looks at each image alone"
         )
     difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE * scale:

@@ -188,6 +188,14 @@ def test_setup_stops_when_cuda_is_demanded_and_nvcc_hidden(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
+def test_an_old_setuptools_is_a_sentence(setup: ModuleType) -> None:
+    setup.check_setuptools("77.0.3")
+    with pytest.raises(
+        SystemExit, match=r"needs setuptools 77 or newer, but this is 65\.5\.0; pip install -U setuptools"
+    ):
+        setup.check_setuptools("65.5.0")
+
+
 @pytest.mark.parametrize(
     ("environ", "known", "chosen"),
     [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import resens_fast as rf
 from resens_fast import sweeps
 from resens_fast.engines.base import LOSS_LIMIT, LOSS_SCALE, Tally, count
-from resens_fast.errors import DataError, EngineError, SweepError
+from resens_fast.errors import DataError, EngineError, SweepError, WrapError
 from tests.conftest import small_resnet
 
 NETS = {
@@ -151,6 +151,26 @@ def test_engine_errors(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
         rf.logits(net, sweeps.intact(net), images[:, 0])
 
 
+def test_engine_options_that_cannot_be(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
+    sweep = sweeps.intact(net)
+    with pytest.raises(EngineError, match="dtype must be a torch.dtype such as torch.float32, not 'float32'"):
+        rf.logits(net, sweep, images, dtype="float32")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="16 bits or more, not torch.float8"):
+        rf.logits(net, sweep, images, dtype=torch.float8_e4m3fn)
+    for device in ("no-such-device", "meta"):
+        with pytest.raises(EngineError, match=f"the device '{device}' cannot be used"):
+            rf.logits(net, sweep, images, device=device)
+    with pytest.raises(WrapError, match=r"not ResNet; call resens_fast\.wrap"):
+        rf.logits(net.model, sweep, images)  # type: ignore[arg-type]
+
+
+def test_the_dtype_is_the_one_that_was_asked_for_under_autocast(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
+    sweep = sweeps.single(net)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = rf.logits(net, sweep, images)
+    torch.testing.assert_close(found, rf.logits(net, sweep, images))
+
+
 def test_training_flags_and_weights_are_left_alone(images: torch.Tensor, labels: torch.Tensor) -> None:
     model = small_resnet()
     model.train()
@@ -169,6 +189,24 @@ def test_training_flags_and_weights_are_left_alone(images: torch.Tensor, labels:
 
 def test_bfloat16(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
     truth = rf.logits(net, sweeps.single(net), images[:4], engine="reference")
-    rows = rf.logits(net, sweeps.single(net), images[:4], dtype=torch.bfloat16)
+    rows = rf.logits(net, sweeps.single(net), images[:4], engine="torch", dtype=torch.bfloat16)
     assert rows.dtype == torch.bfloat16
     assert float((rows.double() - truth).norm() / truth.norm()) < 0.05
+
+
+def test_auto_passes_over_fused_engines_that_do_not_fit(net: rf.ResidualNetwork, images: torch.Tensor) -> None:
+    """Images of another size, and hooks: the torch engine runs them, a fused one says why it does not."""
+    large, sweep = torch.randn(2, 3, 24, 20), sweeps.single(net)
+    expected = rf.logits(net, sweep, large, engine="reference")
+    torch.testing.assert_close(rf.logits(net, sweep, large).double(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(EngineError, match=r"images are \(3, 24, 20\) and the network was wrapped for \(3, 16, 16\)"):
+        rf.logits(net, sweep, large, engine="cpu")
+    handle = net.model.blocks[2].register_forward_hook(lambda module, inputs, output: output + 1)  # type: ignore[union-attr, index]
+    try:
+        with pytest.raises(EngineError, match=r"'blocks.2' has a forward hook"):
+            rf.logits(net, sweep, images, engine="cpu")
+        data = (images[:2], torch.zeros(2, dtype=torch.long))
+        study = rf.evaluate(net, sweep, data, progress=False)
+        assert "forward hook" in study.manifest["engine"]["passed_over"]["cpu"]
+    finally:
+        handle.remove()

@@ -135,6 +135,7 @@ def test_single_deletions_show_every_block_and_the_intact_line() -> None:
     assert len(figure.axes) == 2, "17 equal blocks and two at chance level need an enlarged panel"
     low, high = figure.axes[1].get_ylim()
     assert low < 12 < 13.8 < high < 40
+    assert figure.axes[0].get_ylim()[0] < 0, "an error near 0 would lie on the axis"
     check_layout(figure)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -110,10 +111,87 @@ def test_refused_where_the_pieces_differ() -> None:
         rf.wrap(styles.randomise(Remembering()), EXAMPLE)
 
 
+def test_refused_with_the_way_out() -> None:
+    with torch.device("meta"):
+        empty = styles.Network(styles.ProjectedBlock)
+    with pytest.raises(WrapError, match="on the meta device"):
+        rf.wrap(empty)
+    with pytest.raises(WrapError, match=r"pass model\.module$"):
+        rf.wrap(nn.DataParallel(make()), EXAMPLE)
+    with pytest.raises(WrapError, match=r"pass model\._orig_mod$"):
+        rf.wrap(torch.compile(make()), EXAMPLE)
+    model = make()
+    model.bn1 = nn.BatchNorm2d(8, track_running_stats=False).eval()  # normalises with the batch in eval mode too
+    with pytest.raises(WrapError, match="other images of the batch"):
+        rf.wrap(model, EXAMPLE)
+
+
+class Optional(styles.Network):
+    """Takes more than the image where it is given, and writes into the images."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, features: bool = False) -> object:
+        x *= 0.5
+        logits = super().forward(x)
+        if features:
+            return logits, x
+        return logits if targets is None else F.cross_entropy(logits, targets)
+
+
+def test_optional_arguments_keep_their_defaults_and_images_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = styles.randomise(Optional(styles.ProjectedBlock))
+    net = rf.wrap(model, EXAMPLE)
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, Variant(STRAIGHT, ONES)), model(x.clone()))
+    assert torch.equal(x, images())
+
+
+class ThreeWay(nn.Module):
+    """x + f(x) + g(x) in one of its spellings (RepVGG); at a transition a third convolution takes the place of x."""
+
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        self.f, self.g = styles.conv3(i, o, stride), nn.Sequential(styles.conv3(i, o, stride), styles.conv3(o, o))
+        self.shortcut = nn.Identity() if stride == 1 and i == o else nn.Conv2d(i, o, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sum(self.shortcut(x), self.f(x), self.g(x))
+
+    sum: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(lambda s, f, g: s + f + g)
+
+
+class MiddleIn(ThreeWay):
+    sum = staticmethod(lambda s, f, g: f + s + g)
+
+
+class LastIn(ThreeWay):
+    sum = staticmethod(lambda s, f, g: (f + g).add_(s))
+
+
+@pytest.mark.parametrize("block", [ThreeWay, MiddleIn, LastIn])
+def test_the_shortcut_of_a_sum_of_three(block: type[ThreeWay]) -> None:
+    model = make(block)
+    net = rf.wrap(model, EXAMPLE)
+    modules = [m for m in model.modules() if isinstance(m, block)]
+    assert len(net.blocks) == len(modules)
+    with torch.no_grad():
+        x = net.stem(images())
+        for found, module in zip(net.blocks, modules, strict=True):
+            torch.testing.assert_close(found.shortcut(found.prologue(x)), module.shortcut(x))
+            torch.testing.assert_close(found.branch(found.prologue(x)), module.f(x) + module.g(x))
+            x = found.run(x)
+
+
+def draw(*_: object) -> None:
+    torch.rand(1)  # from the global generator
+
+
 def test_probing_leaves_no_trace_in_the_model() -> None:
     model = styles.Network(styles.ProjectedBlock).train()
     model.layer1.eval()
     model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    model.register_forward_pre_hook(draw)
     flags = {name: m.training for name, m in model.named_modules()}
     before = {k: v.clone() for k, v in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -164,6 +242,8 @@ def test_wrong_images_and_configurations() -> None:
     rigid = nn.Sequential(*list(styles.sequential_vgg())[:-3], nn.Flatten(), nn.Linear(16 * 16, 10))
     with pytest.raises(DataError, match=r"\(3, 32, 32\) do not pass through the network, .* \(3, 16, 16\)"):
         rf.wrap(rigid, EXAMPLE)(images(2, 32))
+    with pytest.raises(SweepError, match=r"such as sweep\[0\], not list"):
+        net(images(), [1, 1, 1, 1, 1, 1])
     with pytest.raises(SweepError, match="2 positions and 2 gates, the network has 6 blocks"):
         net(images(), Variant((0, 1), (1.0, 1.0)))
     with pytest.raises(SweepError, match=r"block 3 expects a state of shape \(16, 8, 8\) but would get \(8, 16, 16\)"):
@@ -271,7 +351,7 @@ def test_works_under_inference_mode_and_in_half() -> None:
     model = make()
     with torch.inference_mode():
         net = rf.wrap(model, EXAMPLE)
-        assert torch.equal(net(images()), model(images()))
+        torch.testing.assert_close(net(images()), model(images()))  # a fused engine may run: other roundings
     assert model(images()).requires_grad
     half = rf.wrap(make().bfloat16(), EXAMPLE)
     assert half(images().bfloat16(), Variant(STRAIGHT, (0.5, *ONES[1:]))).dtype == torch.bfloat16

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["LOSS_SCALE", "Engine", "Executor", "Progress", "Tally", "choose", "get", "names"]
 
 # Fastest first; `auto` never takes the reference engine.
-_REGISTRY = {"triton": "TritonEngine", "torch": "TorchEngine", "reference": "ReferenceEngine"}
+_REGISTRY = {
+    "cuda": "CudaEngine",
+    "triton": "TritonEngine",
+    "cpu": "CpuEngine",
+    "torch": "TorchEngine",
+    "reference": "ReferenceEngine",
+}
 
 
 def names() -> tuple[str, ...]:
@@ -36,15 +42,18 @@ def get(name: str) -> Engine:
     return engine
 
 
-def choose(name: str, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> tuple[Engine, dict[str, str]]:
-    """The engine to use, and for each one that ``auto`` passed over the reason.
+def choose(
+    name: str, net: ResidualNetwork, device: torch.device, dtype: torch.dtype, size: tuple[int, ...] | None = None
+) -> tuple[Engine, dict[str, str]]:
+    """The engine to use for images of the shape ``size`` (C, H, W; the network's own when None).
 
+    With it, for each engine that ``auto`` passed over the reason.
     A named engine is returned or refused with EngineError, which names the block it does not cover; nothing falls
     back in silence.
     """
     if name != "auto":
         engine = get(name)
-        reason = engine.missing() or engine.refuses(net, device, dtype)
+        reason = _reason(engine, net, device, dtype, size)
         if reason:
             raise EngineError(f"the {name} engine cannot run this: {reason}")
         return engine, {}
@@ -53,8 +62,24 @@ def choose(name: str, net: ResidualNetwork, device: torch.device, dtype: torch.d
         if candidate == "reference":
             continue
         engine = get(candidate)
-        reason = engine.missing() or engine.refuses(net, device, dtype)
+        reason = _reason(engine, net, device, dtype, size)
         if reason is None:
             return engine, passed
         passed[candidate] = reason
     raise EngineError("no engine can run this: " + "; ".join(f"{k}: {v}" for k, v in passed.items()))
+
+
+def _reason(
+    engine: Engine, net: ResidualNetwork, device: torch.device, dtype: torch.dtype, size: tuple[int, ...] | None
+) -> str | None:
+    reason = engine.missing() or engine.refuses(net, device, dtype)
+    if reason is not None or not engine.fused:
+        return reason
+    if size not in (None, tuple(net.input_shape)):
+        return (
+            f"images are {size} and the network was wrapped for {tuple(net.input_shape)}; wrap it with such an example"
+        )
+    for name, module in net.model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"module {name or 'model'!r} has a forward hook, which folded parameters would pass by"
+    return None

@@ -98,6 +98,12 @@ class Engine(ABC):
     threads.
     """
 
+    path = ""
+    """Which of several ways `prepare` took, in words, where there are several."""
+
+    fused = True
+    """Whether it runs folded parameters: only at the image size the network was wrapped for, and without hooks."""
+
     def missing(self) -> str | None:
         """Why this machine cannot run the engine, or None."""
         return None

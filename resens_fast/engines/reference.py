@@ -41,6 +41,7 @@ class ReferenceExecutor(Executor):
 class ReferenceEngine(Engine):
     name = "reference"
     bitwise = False
+    fused = False
 
     def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype == torch.float64 else f"it computes in float64 only, not {dtype}; leave dtype out"

@@ -71,9 +71,11 @@ class TorchExecutor(Executor):
 class TorchEngine(Engine):
     name = "torch"
     bitwise = False
+    fused = False
 
     def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None if dtype.is_floating_point else f"the dtype must be a floating-point one, not {dtype}"
+        usable = dtype.is_floating_point and dtype.itemsize > 1  # convolutions have no eight-bit floats
+        return None if usable else f"the dtype must be a floating-point one of 16 bits or more, not {dtype}"
 
     def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
         return TorchExecutor(net, plan, device, dtype)

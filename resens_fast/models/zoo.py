@@ -59,6 +59,7 @@ def load(name: str) -> nn.Module:
 
     model = build(known)
     model.load_state_dict(unpack(read(content)))
+    model.input_shape = tuple(known["input_shape"])  # type: ignore[assignment]  # wrap() need not guess it
     return model.eval()
 
 

@@ -1,0 +1,123 @@
+// Binds the CPU engine: resens_fast::cpu_pack, resens_fast::eval (CPU) and resens_fast::cpu_isas.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <new>
+
+#include "kernels.h"
+#include "network.h"
+
+namespace {
+
+using resens::cpu::Dtype;
+
+void check(const at::Tensor& t, at::ScalarType dtype, const char* name) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == dtype && t.is_contiguous(), name, " must be a contiguous ", dtype, " tensor on the CPU, not ",
+                    t.scalar_type(), " on ", t.device());
+}
+
+Dtype operand(bool rounded) { return rounded ? Dtype::kBFloat16 : Dtype::kFloat32; }
+
+resens::cpu::Network network_of(const at::Tensor& layout, const std::string& isa, bool rounded) {
+  check(layout, at::kInt, "layout");
+  return resens::cpu::read_network(layout.const_data_ptr<int32_t>(), layout.numel(), resens::cpu::kernels_named(isa.c_str()), operand(rounded));
+}
+
+template <typename F>
+auto with_python_errors(F&& f) {
+  try {
+    return f();
+  } catch (const std::invalid_argument& e) {
+    TORCH_CHECK_VALUE(false, e.what());
+  } catch (const std::bad_alloc&) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "There is not enough memory for the states of a tile of images on every thread; use fewer threads or smaller batches.");
+  }
+}
+
+// layout: int32, raw: the folded float32 parameters it points into -> uint8, what eval reads.
+at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string isa, bool rounded) {
+  return with_python_errors([&] {
+    check(raw, at::kFloat, "raw");
+    const auto network = network_of(layout, isa, rounded);
+    at::Tensor packed = at::zeros({network.packed_bytes}, at::kByte);
+    resens::cpu::pack(network, resens::cpu::kernels_named(isa.c_str()), operand(rounded), raw.const_data_ptr<float>(), raw.numel(),
+                      reinterpret_cast<char*>(packed.mutable_data_ptr()));
+    return packed;
+  });
+}
+
+// images [B, C, H, W] float32, labels [B] int64 (empty: only logits), tape [T, 2] int32, gates [T] float32,
+// logits: the number of classes, or 0 when they stay inside; control [3] int64: [0] set to cancel, [1] steps x images done, [2] their number.
+// -> counts [3, words] int64 (errors, loss, nonfinite), logits [words, B, classes] float32 (or empty).
+// A cancelled call returns what was counted so far; the caller knows that it asked for that.
+std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::Tensor& labels, const at::Tensor& layout, const at::Tensor& packed,
+                                            std::string isa, bool rounded, const at::Tensor& tape, const at::Tensor& gates, int64_t words,
+                                            int64_t threads, int64_t tile, int64_t logits, const at::Tensor& control) {
+  return with_python_errors([&] {
+    const auto network = network_of(layout, isa, rounded);
+    check(images, at::kFloat, "images");
+    check(labels, at::kLong, "labels");
+    check(packed, at::kByte, "packed");
+    check(tape, at::kInt, "tape");
+    check(gates, at::kFloat, "gates");
+    check(control, at::kLong, "control");
+    TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == network.channels && images.size(2) == network.height && images.size(3) == network.width,
+                      "images must be [batch, ", network.channels, ", ", network.height, ", ", network.width, "], not ", images.sizes());
+    TORCH_CHECK_VALUE(labels.numel() == images.size(0) || (logits && labels.numel() == 0), "there are ", labels.numel(), " labels for ", images.size(0), " images");
+    TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(), " with ",
+                      gates.numel());
+    TORCH_CHECK_VALUE(logits == 0 || logits == network.classes, "logits must be 0 or ", network.classes, ", not ", logits);
+    TORCH_CHECK_VALUE(packed.numel() == network.packed_bytes && control.numel() == 3 && words >= 0, "packed has ", packed.numel(), " bytes, not ",
+                      network.packed_bytes, "; or control is not [3]; or words is negative");
+    at::Tensor counts = at::zeros({3, words}, at::kLong);
+    at::Tensor out = logits ? at::full({words, images.size(0), network.classes}, NAN, at::kFloat) : at::empty({0}, at::kFloat);
+    resens::cpu::Request r;
+    r.images = images.const_data_ptr<float>();
+    r.labels = labels.const_data_ptr<int64_t>();
+    r.batch = images.size(0), r.words = words;
+    r.tape = tape.const_data_ptr<int32_t>();
+    r.gates = gates.const_data_ptr<float>();
+    r.length = tape.size(0);
+    r.threads = static_cast<int>(threads), r.tile = static_cast<int>(tile);
+    if (labels.numel() == images.size(0)) {
+      int64_t* c = counts.mutable_data_ptr<int64_t>();
+      r.errors = c, r.loss = c + words, r.nonfinite = c + 2 * words;
+    }
+    if (logits) r.logits = out.mutable_data_ptr<float>();
+    r.control = control.mutable_data_ptr<int64_t>();
+    resens::cpu::evaluate(network, resens::cpu::kernels_named(isa.c_str()), reinterpret_cast<const char*>(packed.const_data_ptr()), operand(rounded), r);
+    return std::make_tuple(counts, out);
+  });
+}
+
+// The instruction sets this machine runs, best first.
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < resens::cpu::kernel_count(); ++i) names.push_back(resens::cpu::kernels_at(i).name);
+  return names;
+}
+
+// Executes `rounds` rounds of independent multiply-adds on registers and returns their floating-point operations: what
+// benchmarks call the peak, when they time it.
+double cpu_multiply_adds(std::string isa, int64_t rounds) {
+  return with_python_errors([&] { return resens::cpu::kernels_named(isa.c_str()).multiply_adds(rounds); });
+}
+
+TORCH_LIBRARY_FRAGMENT(resens_fast, m) {
+  m.def("cpu_multiply_adds(str isa, int rounds) -> float", &cpu_multiply_adds);
+  m.def("cpu_isas() -> str[]", &cpu_isas);
+  m.def("cpu_pack(Tensor layout, Tensor raw, str isa, bool rounded) -> Tensor");
+  m.def(
+      "eval(Tensor images, Tensor labels, Tensor layout, Tensor packed, str isa, bool rounded, Tensor tape, Tensor gates, int words, int threads, "
+      "int tile, int logits, Tensor(a!) control) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(resens_fast, CPU, m) {
+  m.impl("cpu_pack", &cpu_pack);
+  m.impl("eval", &eval_cpu);
+}
+
+}  // namespace

@@ -1,0 +1,229 @@
+"""The fused CPU engine: a whole plan on all images in one call of C++ (csrc/cpu), for x86-64 and any other processor.
+
+RESENS_FAST_ISA chooses the instruction set (avx512bf16, avx512, avx2, portable); unset, the best this machine has.
+bfloat16 means bf16 products with fp32 accumulation and fp32 activations. Threads: torch.get_num_threads().
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import extension
+from ..plan import HEAD, RUN
+from .base import Engine, Executor, Progress, Tally
+from .packed import Packed, packed
+
+if TYPE_CHECKING:
+    from ..network import ResidualNetwork
+    from ..plan import Plan
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_POLL_SECONDS = 0.1
+# A call is one part of a study: about this long, and no more images than this.
+_CALL_SECONDS, _MOST_IMAGES, _TILE = 10.0, 512, 16
+# Multiply-adds a second and thread, roughly: only the length of a call depends on it.
+_RATE = 1.5e11
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets the engine has on this machine, best first; empty without the extension."""
+    if extension.module() is None or not hasattr(torch.ops.resens_fast, "cpu_isas"):
+        return ()
+    return tuple(torch.ops.resens_fast.cpu_isas())
+
+
+def chosen_isa() -> str:
+    """RESENS_FAST_ISA, or the best instruction set of this machine."""
+    return os.environ.get("RESENS_FAST_ISA") or next(iter(isas()), "")
+
+
+@functools.cache
+def _register_fake() -> None:
+    # Shapes for torch.compile and opcheck: a fake tape cannot be read, so the number of words is an argument.
+    @torch.library.register_fake("resens_fast::eval")
+    def _(
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        layout: torch.Tensor,
+        packed: torch.Tensor,
+        isa: str,
+        rounded: bool,
+        tape: torch.Tensor,
+        gates: torch.Tensor,
+        words: int,
+        threads: int,
+        tile: int,
+        logits: int,
+        control: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = torch.empty(3, words, dtype=torch.int64)
+        return counts, torch.empty((words, images.shape[0], logits) if logits else (0,))
+
+
+class Call:
+    """One network's weights and one tape, ready for the op; `tile` images at a time (0: chosen)."""
+
+    def __init__(
+        self, weights: Packed, isa: str, rounded: bool, tape: np.ndarray, gates: np.ndarray, words: int
+    ) -> None:
+        assert weights.fused is not None
+        self.layout, self.packed = weights.layout, weights.weights(isa, rounded)
+        self.isa, self.rounded, self.words, self.classes = isa, rounded, words, weights.fused.classes
+        self.tape = torch.from_numpy(np.ascontiguousarray(tape, dtype=np.int32).reshape(-1, 2))
+        self.gates = torch.from_numpy(np.ascontiguousarray(gates, dtype=np.float32))
+        self.tile = 0
+        costs = [
+            sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2]
+            for b in weights.fused.blocks
+        ]
+        runs = self.tape[self.tape[:, 0] == RUN, 1].numpy()
+        self.seconds = float(np.asarray([*costs, 0.0])[runs].sum()) / _RATE  # of one image on one thread, roughly
+
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor | None, control: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts int64 [3, W], and logits float32 [W, B, K] when there are no labels; the GIL is free meanwhile."""
+        none = torch.empty(0, dtype=torch.int64)
+        return torch.ops.resens_fast.eval(  # type: ignore[no-any-return]
+            images, none if labels is None else labels, self.layout, self.packed, self.isa, self.rounded, self.tape, self.gates,  # noqa: E501
+            self.words, torch.get_num_threads(), self.tile, self.classes if labels is None else 0, control,
+        )  # fmt: skip
+
+
+def _interruptible(call: Callable[[], Any], control: torch.Tensor, progress: Progress | None) -> Any:
+    """The result of `call`, made in a thread of its own, so that Ctrl-C and progress reach Python meanwhile."""
+    result: list[Any] = []
+    error: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(call())
+        except BaseException as caught:
+            error.append(caught)
+
+    thread = threading.Thread(target=work, name="resens_fast.eval")
+    thread.start()
+    told = 0.0
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            if progress and thread.is_alive():
+                share = int(control[1]) / max(1, int(control[2]))
+                progress(share - told)
+                told = share
+    except BaseException:
+        control[0] = 1
+        thread.join()
+        raise
+    if error:
+        raise error[0]
+    if progress:
+        progress(1.0 - told)
+    return result[0]
+
+
+class CpuExecutor(Executor):
+    def __init__(self, net: ResidualNetwork, plan: Plan, dtype: torch.dtype) -> None:
+        tape = plan.tape()
+        self.call = Call(packed(net), chosen_isa(), dtype == torch.bfloat16, tape.instructions, tape.gates, plan.words)
+        threads = torch.get_num_threads()
+        images = int(_CALL_SECONDS * threads / max(self.call.seconds, 1e-9)) // (_TILE * threads) * _TILE * threads
+        self.batch = min(max(images, _TILE), _MOST_IMAGES)
+
+    def _run(
+        self, images: torch.Tensor, labels: torch.Tensor | None, progress: Progress | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        control = torch.zeros(3, dtype=torch.int64)
+        images = images.detach().to("cpu", torch.float32).contiguous()
+        if labels is not None:
+            labels = labels.detach().to("cpu", torch.int64).contiguous()
+        return _interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]
+
+    def tally(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> Tally:
+        if len(images) == 0:
+            return Tally.zeros(self.call.words)
+        return Tally(*(np.array(row) for row in self._run(images, labels, progress)[0].numpy()))
+
+    def logits(self, images: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
+        return self._run(images, None, progress)[1]
+
+
+class CpuEngine(Engine):
+    name = "cpu"
+    bitwise = True
+
+    def missing(self) -> str | None:
+        if extension.module() is None:
+            return extension.reason()
+        if not isas():
+            return "resens_fast._C was built without csrc/cpu"
+        if chosen_isa() not in isas():
+            return f"RESENS_FAST_ISA is {chosen_isa()!r}, but this machine has {', '.join(isas())}"
+        _register_fake()
+        return None
+
+    def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device}"
+        if dtype not in _DTYPES:
+            return f"it computes in float32 or bfloat16, not in {dtype}"
+        return packed(net).reason
+
+    def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
+        return CpuExecutor(net, plan, dtype)
+
+
+class FastForward:
+    """Runs intact forwards of a wrapped network on this engine; installed as `net.fast_forward`.
+
+    Declines (None) for anything but a float32 batch of the wrapped size on the CPU, under autocast, with hooks on a
+    module (they would not be called), and for networks that are not covered: then the model itself runs.
+    """
+
+    def __init__(self, net: ResidualNetwork) -> None:
+        self.net = net
+        self.state: Packed | None = None
+        self.call: Call | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"net": self.net, "state": None, "call": None}  # a copy of the network packs its own weights
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
+        net = self.net
+        if (
+            x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or tuple(x.shape[1:]) != tuple(net.input_shape)
+            or len(x) == 0
+        ):
+            return None
+        if (
+            torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        ):
+            return None
+        if net.dtype != torch.float32 or net.device.type != "cpu" or CpuEngine().missing() is not None:
+            return None
+        if any(m._forward_hooks or m._forward_pre_hooks or m.training for m in net.model.modules()):
+            return None
+        state = packed(net)
+        if state.reason is not None:
+            return None
+        if state is not self.state:
+            n = len(net.blocks)
+            tape = np.array([*((RUN, i) for i in range(n)), (HEAD, 0)], dtype=np.int32)
+            self.call = Call(state, chosen_isa(), False, tape, np.array([1.0] * n + [0.0], dtype=np.float32), 1)
+            self.state = state
+        assert self.call is not None
+        call, control, images = self.call, torch.zeros(3, dtype=torch.int64), x.contiguous()
+        if self.call.seconds * len(x) < 0.5:  # too short to be worth interrupting
+            return call(images, None, control)[1][0]
+        return _interruptible(lambda: call(images, None, control)[1], control, None)[0]  # type: ignore[no-any-return]

@@ -1,0 +1,275 @@
+"""The CPU engine from a wrapped model to a tally: coverage, refreshing weights, the drop-in forward, stopping."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import resens_fast as rf
+from resens_fast import engines, extension
+from resens_fast.engines import cpu
+from resens_fast.errors import EngineError
+
+if extension.module() is None:
+    pytest.skip(f"no compiled extension: {extension.reason()}", allow_module_level=True)
+
+
+def small(depth: int = 20, **options: object) -> rf.ResidualNetwork:
+    torch.manual_seed(0)
+    model = rf.models.resnet(depth, **options)  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    return rf.wrap(model.eval())
+
+
+@pytest.fixture(scope="module")
+def net() -> rf.ResidualNetwork:
+    return small()
+
+
+def images(n: int = 6) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found.double() - truth).square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"preactivation": False}, {"preactivation": False, "option": "pad"}, {"bottleneck": True, "depth": 29}],
+)
+def test_sweeps_against_float64(options: dict) -> None:  # type: ignore[type-arg]
+    net = small(**options)
+    sweep = rf.sweeps.delete_random(net, k=[1, 3], samples=4, seed=0) + rf.sweeps.swap_random(
+        net, k=[2], samples=3, seed=0
+    )
+    x = images()
+    truth = rf.logits(net, sweep, x, engine="reference")
+    eager = rf.logits(net, sweep, x, engine="torch")
+    out = rf.logits(net, sweep, x, engine="cpu")
+    bound = max(4 * error(eager, truth), 4 * 2.0**-23 * float(truth.square().mean().sqrt()))
+    assert error(out, truth) <= bound
+    top = truth.topk(2).values
+    assert torch.equal(
+        out.argmax(2)[(top[..., 0] - top[..., 1]) > 2 * bound * 10],
+        truth.argmax(2)[(top[..., 0] - top[..., 1]) > 2 * bound * 10],
+    )
+
+
+def test_the_trained_network_in_both_dtypes() -> None:
+    net = rf.wrap(rf.models.load("resnet110-cifar10"))
+    sweep = rf.sweeps.delete_random(net, k=[0, 10], samples=2, seed=0)
+    x = images(4)
+    truth = rf.logits(net, sweep, x, engine="reference")
+    for dtype in (torch.float32, torch.bfloat16):
+        eager = rf.logits(net, sweep, x, engine="torch", dtype=dtype)
+        out = rf.logits(net, sweep, x, engine="cpu", dtype=dtype)
+        eps = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
+        assert error(out, truth) <= max(4 * error(eager, truth), 4 * eps * float(truth.square().mean().sqrt()))
+
+
+def test_auto_takes_it_and_a_tally_agrees_with_torch(net: rf.ResidualNetwork) -> None:
+    sweep = rf.sweeps.delete_random(net, k=[1, 2], samples=5, seed=1)
+    data = (images(20), torch.arange(20) % 10)
+    ours, theirs = (
+        rf.evaluate(net, sweep, data, progress=False),
+        rf.evaluate(net, sweep, data, engine="torch", progress=False),
+    )
+    assert ours.manifest["engine"]["name"] == "cpu"
+    assert ours.frame["loss"].to_numpy() == pytest.approx(theirs.frame["loss"].to_numpy(), rel=1e-4)
+    assert abs(ours.frame["errors"].to_numpy() - theirs.frame["errors"].to_numpy()).max() <= 1
+
+
+def test_any_memory_format_and_any_number_of_threads(net: rf.ResidualNetwork) -> None:
+    sweep = rf.sweeps.delete_random(net, k=[1, 4], samples=40, seed=0)
+    x = images(3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = rf.logits(net, sweep, x, engine="cpu")
+        strided = torch.randn(3, 32, 32, 6)[..., ::2].permute(0, 3, 1, 2)
+        strided.copy_(x)
+        for form in (x.to(memory_format=torch.channels_last), strided):
+            assert torch.equal(rf.logits(net, sweep, form, engine="cpu"), alone)
+        for threads in (2, 4):  # more threads than tiles: the plan is cut
+            torch.set_num_threads(threads)
+            assert torch.equal(rf.logits(net, sweep, x, engine="cpu"), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_block_that_is_not_covered_is_named() -> None:
+    net = rf.wrap(rf.models.highway(8).eval())
+    sweep = rf.sweeps.intact(net)
+    with pytest.raises(EngineError, match="block 0"):
+        rf.logits(net, sweep, images(1), engine="cpu")
+    engine, passed = engines.choose("auto", net, torch.device("cpu"), torch.float32)
+    assert engine.name == "torch"
+    assert "block 0" in passed["cpu"]
+
+
+def test_other_dtypes_and_devices_are_refused(net: rf.ResidualNetwork) -> None:
+    engine = cpu.CpuEngine()
+    assert "float64" in str(engine.refuses(net, torch.device("cpu"), torch.float64))
+    assert "cuda" in str(engine.refuses(net, torch.device("cuda"), torch.float32))
+
+
+def test_unknown_instruction_set(net: rf.ResidualNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESENS_FAST_ISA", "sse9")
+    with pytest.raises(EngineError, match="sse9"):
+        rf.logits(net, rf.sweeps.intact(net), images(1), engine="cpu")
+    monkeypatch.setenv("RESENS_FAST_ISA", "portable")
+    portable = rf.logits(net, rf.sweeps.intact(net), images(1), engine="cpu")
+    monkeypatch.delenv("RESENS_FAST_ISA")
+    assert portable == pytest.approx(rf.logits(net, rf.sweeps.intact(net), images(1), engine="cpu"), rel=1e-3, abs=1e-4)
+
+
+def test_weights_are_packed_again_when_something_changes() -> None:
+    net = small()
+    sweep, x = rf.sweeps.intact(net), images(2)
+
+    def agree() -> None:
+        ours, truth = rf.logits(net, sweep, x, engine="cpu"), rf.logits(net, sweep, x, engine="reference")
+        assert error(ours, truth) < 1e-4 * float(truth.abs().max())
+
+    agree()
+    kept = cpu.packed(net)
+    agree()
+    assert cpu.packed(net) is kept
+    with torch.no_grad():
+        next(m for m in net.model.modules() if isinstance(m, nn.BatchNorm2d)).running_var.mul_(3)
+    agree()
+    other = small().state_dict()
+    net.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in other.items()})
+    agree()
+    last = [m for m in net.model.modules() if isinstance(m, nn.Linear)][-1]
+    last.weight = nn.Parameter(last.weight.detach() * 2)
+    agree()
+
+
+def test_the_drop_in_forward() -> None:
+    net = small()
+    calls = []
+    original = cpu.FastForward.__call__
+    x = images(5)
+    expected = net.model(x)
+
+    def counted(self: cpu.FastForward, x: torch.Tensor) -> torch.Tensor | None:
+        result = original(self, x)
+        calls.append(result is not None)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu.FastForward, "__call__", counted)
+        with torch.inference_mode():
+            fast = net(x)
+        assert calls == [True]
+        assert not torch.equal(fast, expected)  # another order of operations
+        torch.testing.assert_close(fast, expected.detach().clone(), rtol=1e-4, atol=1e-4)
+        with torch.inference_mode():
+            assert torch.equal(net(x[:2]), fast[:2])  # the same bits in any batch
+            net(torch.randn(2, 3, 40, 40))  # another size: the model itself
+            net(x.double().float().bfloat16().float())
+            handle = net.model.register_forward_hook(lambda *_: calls.append("hook"))  # type: ignore[arg-type]
+            net(x)
+            handle.remove()
+            twin = copy.deepcopy(net)
+            assert torch.equal(twin(x), fast)
+            with torch.autocast("cpu", torch.bfloat16):
+                net(x)
+        assert calls == [True, True, False, True, False, "hook", True, False]
+        with torch.no_grad():
+            assert torch.equal(net(x), expected)  # only inference mode asks for speed
+        net.train()
+        with torch.inference_mode():
+            net(x)
+        assert len(calls) == 8
+
+
+def test_progress_adds_up_to_one(net: rf.ResidualNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_POLL_SECONDS", 0.002)
+    shares: list[float] = []
+    plan = rf.plan(net, rf.sweeps.delete_random(net, k=[2], samples=40, seed=0))
+    executor = cpu.CpuEngine().prepare(net, plan, torch.device("cpu"), torch.float32)
+    executor.tally(images(64), torch.zeros(64, dtype=torch.int64), shares.append)
+    assert sum(shares) == pytest.approx(1)
+    assert len(shares) > 3
+    assert min(shares) >= 0
+
+
+def test_ctrl_c_stops_within_a_second(net: rf.ResidualNetwork) -> None:
+    plan = rf.plan(net, rf.sweeps.delete_random(net, k=[3], samples=3000, seed=0))
+    executor = cpu.CpuEngine().prepare(net, plan, torch.device("cpu"), torch.float32)
+    asked: list[float] = []
+
+    def stop(share: float) -> None:
+        asked.append(time.perf_counter())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        executor.tally(images(512), torch.zeros(512, dtype=torch.int64), stop)
+    assert time.perf_counter() - asked[0] < 1
+    assert not any(t.name == "resens_fast.eval" for t in threading.enumerate())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space through Linux's resource limits")
+def test_no_memory_is_an_error_and_the_process_lives() -> None:
+    code = """
+    import resource, torch
+    import resens_fast as rf
+    from resens_fast.engines import cpu
+    net = rf.wrap(rf.models.resnet(20).eval())
+    executor = cpu.CpuEngine().prepare(net, rf.plan(net, rf.sweeps.intact(net)), torch.device("cpu"), torch.float32)
+    x = torch.zeros(3000, 3, 32, 32)
+    rf.logits(net, rf.sweeps.intact(net), x[:2], engine="cpu")
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+    executor.call.tile = 3000  # a state of 220 MB
+    try:
+        executor.logits(x)
+    except torch.OutOfMemoryError:
+        executor.call.tile = 1
+        print(executor.logits(x[:3]).shape)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[1, 3, 10]" in done.stdout
+
+
+def test_the_fake_function(net: rf.ResidualNetwork) -> None:
+    plan = rf.plan(net, rf.sweeps.single(net))
+    call = cpu.CpuEngine().prepare(net, plan, torch.device("cpu"), torch.float32).call  # type: ignore[attr-defined]
+    x, y = images(2), torch.tensor([0, 1])
+    arguments = (
+        x,
+        y,
+        call.layout,
+        call.packed,
+        call.isa,
+        False,
+        call.tape,
+        call.gates,
+        plan.words,
+        1,
+        0,
+        10,
+        torch.zeros(3, dtype=torch.int64),
+    )
+    torch.library.opcheck(torch.ops.resens_fast.eval.default, arguments, test_utils=("test_schema", "test_faketensor"))
