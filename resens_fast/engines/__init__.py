@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["LOSS_SCALE", "Engine", "Executor", "Progress", "Tally", "choose", "get", "names"]
 
 # Fastest first; `auto` never takes the reference engine.
-_REGISTRY = {"cuda": "CudaEngine", "cpu": "CpuEngine", "torch": "TorchEngine", "reference": "ReferenceEngine"}
+_REGISTRY = {
+    "cuda": "CudaEngine",
+    "triton": "TritonEngine",
+    "cpu": "CpuEngine",
+    "torch": "TorchEngine",
+    "reference": "ReferenceEngine",
+}
 
 
 def names() -> tuple[str, ...]:
