@@ -62,7 +62,7 @@ def choose(
         if candidate == "reference":
             continue
         engine = get(candidate)
-        reason = _reason(engine, net, device, dtype, size)
+        reason = _reason(engine, net, device, dtype, size) or engine.unproven
         if reason is None:
             return engine, passed
         passed[candidate] = reason

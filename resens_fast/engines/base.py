@@ -98,6 +98,9 @@ class Engine(ABC):
     threads.
     """
 
+    unproven: str | None = None
+    """Why ``auto`` passes the engine over although it could run; a named engine runs all the same."""
+
     path = ""
     """Which of several ways `prepare` took, in words, where there are several."""
 

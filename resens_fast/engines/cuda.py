@@ -210,6 +210,7 @@ class CudaEngine(Engine):
     """The tape kernel where it fits, bitwise the same for every batch and sweep; else levels through cuDNN."""
 
     name = "cuda"
+    unproven = "it has not run on a GPU yet, only on models of one; name it to use it"
     bitwise = True
     path = ""
     """What prepare() chose: the tape kernel's variant, or levels and why."""

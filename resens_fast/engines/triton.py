@@ -176,6 +176,7 @@ def _scaled(progress: Progress | None, share: float) -> Progress | None:
 
 class TritonEngine(Engine):
     name = "triton"
+    unproven = "it has not run on a GPU yet, only on models of one; name it to use it"
     bitwise = True
 
     def missing(self) -> str | None:
