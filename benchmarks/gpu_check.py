@@ -129,6 +129,13 @@ def build() -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+def triton_values(dtype: torch.dtype) -> dict[str, float]:
+    need_gpu()
+    from resens_fast.kernels import check as kernels
+
+    return kernels.values(dtype)
+
+
 def timings(check: Check) -> None:
     """The rows of the table."""
     import resens_fast as rf
@@ -224,7 +231,19 @@ def timings(check: Check) -> None:
     check.section("peers, intact", peers, 120)
     for name, sweep, count, most in rows:
         check.section(name, lambda n=name, s=sweep, c=count, m=most: timed(n, s, c, m), most + 10)  # type: ignore[misc]
+    def triton(name: str, draw: Callable[[Any], Any]) -> str:
+        need_gpu()
+        from resens_fast.kernels import check as kernels
+
+        net = network(110)
+        sweep = draw(net)
+        found = kernels.rate(net, sweep, dtype, 10_000)
+        work = FLOPS_PER_BLOCK * found["runs"] / max(1, len(sweep))
+        return check.row(f"{name} (triton)", found["rate"], "images x configurations/s", work)
+
     check.section("resnet50", large, 40)
+    for name, sweep, _, _ in rows[:2]:
+        check.section(f"{name} (triton)", lambda n=name, s=sweep: triton(n, s), 60)  # type: ignore[misc]
 
 
 def table(check: Check) -> str:
@@ -258,6 +277,9 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float16):
             name = f"values, {images} image(s) per CTA, {str(dtype).removeprefix('torch.')}"
             check.section(name, lambda i=images, d=dtype: check_values(i, d), 20)  # type: ignore[misc]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = f"triton values, {str(dtype).removeprefix('torch.')}"
+        check.section(name, lambda d=dtype: triton_values(d), 60)  # type: ignore[misc]
     check.section("CUDA graph", check_graph, 10)
     check.section("operators", check_operators, 20)
     for tool in ("memcheck", "racecheck"):

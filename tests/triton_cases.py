@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,13 +218,13 @@ def run_head() -> Result:
         fused.Shortcut("identity", 1, 0, 0, 0, None, False), False, (c, 2, 2), (c, 2, 2),
     )  # fmt: skip
     whole = fused.FusedNetwork(
-        fused.Stem((one,), None), (block,), fused.Head(None, None, False, weight, bias), (c, 2, 2), classes
+        fused.Stem((one,), None), (block,), fused.Head(None, None, True, weight, bias), (c, 2, 2), classes
     )
     structure = Structure(
         ("b",), (1,), ("basic",), (False,), (True,), (True,), (True,), ((c, 2, 2),), ((c, 2, 2),), (c, 2, 2), classes
     )
     labels = torch.arange(18) % classes
-    labels[[1, 6]] = torch.tensor([3, 66])
+    labels[[1, 6]] = 3  # the lower of two equal logits
     sweep = from_masks(structure, [[0]])
     ready = executor(whole, plan(structure, sweep), torch.float32)
     logits, tally = ready.logits(state), ready.tally(state, labels)
@@ -273,9 +275,35 @@ def run_property() -> Result:
         worst = max(worst, float((found[:, :n] - exact).abs().max()) / float(exact.abs().max() + 1))
         assert not found[:, n:].any(), "the channels that fill up are not zero"
         assert worst < 1e-5, f"an error of {worst}"
+        source[0, 0] = float("inf")
+        launch.launch_conv(source, out, out, table, weights, None, constants, tile, 0, 1, images)
+        assert not out.view(-1, pack.width(n))[:, n:].any(), "an infinite state reaches channels that do not exist"
 
     check()
     return {"error": worst, "bound": 1e-5}
+
+
+def run_tune() -> Result:
+    """Tuning keeps the fastest candidate of every shape under the name that the engine asks for."""
+    from resens_fast.kernels import pack, tiles, tune
+
+    packed = pack.pack(network("post-pooled-pad-3-10")[0], torch.device("cpu"), torch.float16)
+    timed: list[Any] = []
+
+    def timer(run: Any) -> float:
+        run()
+        timed.append(run.__defaults__[0])
+        return float(timed[-1] != tiles.Tile(64, 16, 4, 2))
+
+    tiles.candidates = lambda n, dtype, capability: [tiles.Tile(128, 16, 4, 3), tiles.Tile(64, 16, 4, 2)]
+    best = tune.tune(packed, 90, timer, images=1)
+    names = {tiles.key(conv, torch.float16, False, 0) for group in packed.groups for conv in group.shape.convs[:1]}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tiles.json"
+        tiles.save(file, best)
+        if tiles.measured(file) != best or not names <= set(best) or len(timed) != 2 * len(best):
+            return {"failure": f"{best} after {len(timed)} measurements"}
+    return {"error": float(set(best.values()) != {tiles.Tile(64, 16, 4, 2)}), "bound": 0.0}
 
 
 def cases() -> dict[str, Any]:
@@ -284,7 +312,8 @@ def cases() -> dict[str, Any]:
         for dtype in ("float32", "float16"):
             table[f"{name}-{dtype}"] = lambda n=name, d=dtype: run_network(n, DTYPES[d])
     table["post-pad-10-17-bfloat16"] = lambda: run_network("post-pad-10-17", torch.bfloat16)
-    return table | {"alone": run_alone, "sizes": run_sizes, "head": run_head, "property": run_property}
+    table |= {"alone": run_alone, "sizes": run_sizes, "head": run_head}
+    return table | {"property": run_property, "tune": run_tune}
 
 
 def without_overflow_checks() -> None:
