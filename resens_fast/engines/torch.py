@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from ..network import ResidualNetwork
     from ..plan import Plan
 
-# Measured for ResNet-110 (benchmarks/NOTES.md): larger batches leave the caches of a CPU, smaller ones do not fill a
-# GPU.
+# Chosen, not tuned: larger batches leave the caches of a CPU, smaller ones do not fill a GPU.
 _BATCH = {"cpu": 64, "cuda": 512}
 # A part of a study is at least one batch: long sweeps take smaller ones, so that a stop loses minutes and not hours.
 _LONG, _SHORT_BATCH = 500, 16
