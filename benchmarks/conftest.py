@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="threads of every peer")
     parser.addoption("--peers", default="ours,eager,compile,planned", help="which of ours, eager, compile, planned")
+    parser.addoption("--codebase", help="a clone of github.com/akamaster/pytorch_resnet_cifar10, for test_dropin.py")
     parser.addoption("--results", default=".benchmarks/cpu.json", help="where the JSON goes")
 
 
