@@ -103,8 +103,9 @@ def gate_gradients(
     """The gradient of every configuration's mean loss with respect to the gates of its blocks: float64 [C, n].
 
     The forward is the configuration's own, not the intact one; at a gate of 0 the branch runs all the same, since the
-    gradient is what adding a little of it would change. A block without a gate (a sequential one) has NaN. Runs one
-    configuration after another through torch: any block, any device and any floating-point dtype of 16 bits or more.
+    gradient is what adding a little of it would change (a closing ReLU passes nothing where its input is exactly 0,
+    which is torch's convention). A block without a gate (a sequential one) has NaN. Runs one configuration after
+    another through torch: any block, any device and any floating-point dtype of 16 bits or more.
     """
     check_network(net)
     check_sweep(net.structure, sweep)
@@ -114,11 +115,11 @@ def gate_gradients(
         raise EngineError(f"gate gradients cannot be computed: {refusal}")
     configurations = list(dict.fromkeys(sweep))
     row_of = {configuration: row for row, configuration in enumerate(configurations)}
-    total = torch.zeros(len(configurations), len(net.blocks), dtype=torch.float64)
     reader = ImageReader(data, net.structure)
     name = f"gates of {len(sweep)} configurations"
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(where.type, enabled=False):
         twin = engines.base.replica(net, where, kind, torch.channels_last)
+        total = torch.zeros(len(configurations), len(net.blocks), dtype=torch.float64)
         with Bar(name, len(configurations), reader, 0, progress) as bar:
             while len((taken := reader.take(_GATE_BATCH))[1]):
                 images, labels = (values.detach().to(where, copy=True) for values in taken)
@@ -142,8 +143,9 @@ def _of_gates(
         block = net.blocks[j]
         state = block.run(state, gates[j] if block.gateable else configuration.gates[j])
     loss = torch.nn.functional.cross_entropy(net.head(state).double(), labels, reduction="sum")
-    (found,) = torch.autograd.grad(loss, gates, allow_unused=True)
-    return torch.zeros_like(gates) if found is None else found
+    if not loss.requires_grad:  # no block has a gate
+        return torch.zeros_like(gates)
+    return torch.autograd.grad(loss, gates)[0]
 
 
 class _PathJob(Job):
