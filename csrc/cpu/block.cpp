@@ -113,7 +113,7 @@ void Worker::convolve(const Conv& conv, const View& in, View out, const Geometry
   call.height = g.height, call.width = g.width, call.kernel = conv.kernel, call.step = conv.step;
   call.weight = packed_ + conv.weight;
   call.bias = reinterpret_cast<const float*>(packed_ + conv.bias);
-  call.gate = finish.gate, call.out_scale = finish.scale, call.relu = finish.relu;
+  call.gate = finish.gate, call.out_scale = finish.scale, call.relu = finish.relu, call.mask = finish.mask;
   call.images = images;
   call.scratch = convolution_->data();
   (conv.algorithm == Algorithm::kWinograd ? operand_.winograd : operand_.direct)(call);

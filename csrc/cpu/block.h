@@ -41,8 +41,8 @@ class Worker {
   void run(const Step& step, int images);            // RUN or SHORTCUT
   const float* head(const Step& step, int image);    // the logits of one image
 
- private:
-  enum Role { kOperand, kShortcutOperand, kMiddle, kMiddle2, kPooled, kRoles };
+ protected:
+  enum Role { kOperand, kShortcutOperand, kMiddle, kMiddle2, kPooled, kMasked, kRoles };
   struct Scratch {
     Role role;
     Geometry geometry;
@@ -61,6 +61,7 @@ class Worker {
     const float* residual = nullptr;
     float gate = 1, scale = 1;
     bool relu = false;
+    const uint8_t* mask = nullptr;
   };
   void convolve(const Conv& conv, const View& in, View out, const Geometry& g, const Finish& finish, int images);
   // Writes the shortcut to `to` (not for an identity that reads the state itself).
