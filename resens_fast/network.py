@@ -50,7 +50,7 @@ class ResidualNetwork(nn.Module):
     blocks: tuple[Block, ...]
     structure: Structure
     input_shape: Shape
-    # A fused engine for intact forwards in eval under inference_mode hooks in here; it returns None to decline.
+    # A fused engine for intact forwards in eval without gradients hooks in here; it returns None to decline.
     fast_forward: Callable[[Tensor], Tensor | None] | None
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -95,7 +95,7 @@ class ResidualNetwork(nn.Module):
             ) from error
 
     def _intact(self, x: Tensor) -> Tensor:
-        if self.fast_forward is not None and not self.training and torch.is_inference_mode_enabled():
+        if self.fast_forward is not None and not self.training and not torch.is_grad_enabled():
             fast = self.fast_forward(x)
             if fast is not None:
                 return fast
@@ -154,12 +154,9 @@ class ResidualNetwork(nn.Module):
 
     def summary(self) -> str:
         """A table with one line per block: name, stage, kind, shapes and parameters."""
-        sizes = dict(self.model.named_parameters(remove_duplicate=False))
         rows = [("", "block", "stage", "kind", "shape", "parameters", "deleted")]
         for b in self.blocks:
-            r = b.recipe
-            names = frozenset().union(*(p.model_parameters for p in (r.prologue, r.branch, r.shortcut, r.closing)))
-            count = sum(tensor.numel() for tensor in {id(sizes[n]): sizes[n] for n in names}.values())
+            count = sum(parameter.numel() for parameter in b.parameters())
             shape = "x".join(map(str, b.shape_out))
             if b.is_transition:
                 shape = "x".join(map(str, b.shape_in)) + " -> " + shape
