@@ -153,8 +153,10 @@ Backward::Backward(const Network& transposed, const Kernels& kernels, const char
 
 void Backward::start(const Program& program, const Recorder& recorder, int images) {
   bind(program);
+  exponents_.assign(program.geometry.size(), std::vector<int>(images));
   const Geometry& g = network_.geometries[0];
   for (int i = 0; i < images; ++i) {
+    exponents_[0][i] = recorder.exponent(i);
     View from;  // one pixel that all others repeat
     from.origin = const_cast<char*>(reinterpret_cast<const char*>(recorder.pooled(i)));
     from.stride = g.stride;
@@ -195,6 +197,7 @@ int Backward::mask(const Step* steps, const Step* end, int images) {
     if (m.finishes >= 0) add(masks_.blocks()[m.finishes].closing);
   }
   if (call.count || steps->source != steps->target) kernels_.mask(call);
+  exponents_[steps->target] = exponents_[steps->source];
   return ran;
 }
 
@@ -220,8 +223,22 @@ int Backward::run(const Step* steps, const Step* end, int images) {
     } else {
       shortcut(b, from, to, masks_.bits(finish, first), count);
     }
+    for (int i = first; i < first + count; ++i) exponents_[steps->target][i] = exponents_[steps->source][i] + normalise(state(steps->target, i), b.out);
   }
   return 1;
+}
+
+int Backward::normalise(View x, const Geometry& g) {
+  constexpr int kSample = 4, kNear = 24;  // a quarter of the rows tells the magnitude well enough
+  float most = kernels_.largest(x.floats(), x.pitch, x.stride, g.height, g.width, kSample);
+  if (most == 0.0f) most = kernels_.largest(x.floats(), x.pitch, x.stride, g.height, g.width, 1);
+  if (most == 0.0f || !std::isfinite(most)) return 0;
+  const int exponent = std::clamp(std::ilogb(most), -100, 100);
+  if (std::abs(exponent) <= kNear) return 0;
+  SpreadCall call = {};
+  call.step = 1, call.channels = g.channels, call.share = std::scalbn(1.0f, -exponent);
+  spread(x, g, x, g, call, 1);
+  return exponent;
 }
 
 void Backward::branch(const Block& b, const Masks::BlockMasks& m, View in, View to, float gate, const uint8_t* finish, int first, int images) {
@@ -289,19 +306,19 @@ void Backward::convolve_back(const Conv& c, View from, Geometry in, View to, Geo
   convolve(c, apart, to, out, finish, images);
 }
 
-double Backward::norm(int buffer, int image, int exponent) {
+double Backward::norm(int buffer, int image) {
   const View x = state(buffer, image);
   const Geometry& g = network_.geometries[bound_[buffer].geometry];
-  return std::scalbn(std::sqrt(kernels_.squares(x.floats(), x.pitch, x.stride, g.height, g.width)), exponent);
+  return std::scalbn(std::sqrt(kernels_.squares(x.floats(), x.pitch, x.stride, g.height, g.width)), exponents_[buffer][image]);
 }
 
-void Backward::write(int buffer, int image, int exponent, float* to) {
+void Backward::write(int buffer, int image, float* to) {
   const View x = state(buffer, image);
   const Geometry& g = network_.geometries[bound_[buffer].geometry];
   for (int c = 0; c < g.channels; ++c) {
     for (int y = 0; y < g.height; ++y) {
       const float* from = x.floats() + y * x.pitch + c;
-      for (int i = 0; i < g.width; ++i) *to++ = static_cast<float>(std::scalbn(static_cast<double>(from[static_cast<int64_t>(i) * x.stride]), exponent));
+      for (int i = 0; i < g.width; ++i) *to++ = static_cast<float>(std::scalbn(static_cast<double>(from[static_cast<int64_t>(i) * x.stride]), exponents_[buffer][image]));
     }
   }
 }

@@ -100,8 +100,8 @@ class Gradients {
       } else {
         for (int i = 0; i < images; ++i) {
           const int64_t at = step->index * r_.batch + first + i;
-          r_.norms[at] = backward.norm(step->source, i, recorder.exponent(i));
-          if (r_.gradients) backward.write(step->source, i, recorder.exponent(i), r_.gradients + at * floats);
+          r_.norms[at] = backward.norm(step->source, i);
+          if (r_.gradients) backward.write(step->source, i, r_.gradients + at * floats);
         }
       }
       step += ran;

@@ -133,6 +133,7 @@ struct Kernels {
   void (*signs)(const SignsCall&);
   void (*mask)(const MaskCall&);
   void (*spread)(const SpreadCall&);
+  float (*largest)(const float* in, int64_t pitch, int stride, int height, int width, int every);  // magnitude, in every so many rows
   double (*squares)(const float* in, int64_t pitch, int stride, int height, int width);  // their sum over one image
   int64_t (*winograd_scratch)(int depth, int out_stride);  // bytes
   double (*multiply_adds)(int64_t rounds);                 // a yardstick: returns the operations it did

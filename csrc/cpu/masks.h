@@ -42,9 +42,8 @@ static void spread(const SpreadCall& call) {
       const int from_y = y / call.step;
       const bool row = from_y < call.in_height && (call.fill || y % call.step == 0);
       const float* in = call.in + image * call.in_image + from_y * call.in_pitch + call.before;
-      for (int x = 0; x < call.width; ++x) {
-        const int from_x = x / call.step;
-        const bool here = row && from_x < call.in_width && (call.fill || x % call.step == 0);
+      for (int x = 0, from_x = 0, phase = 0; x < call.width; ++x) {
+        const bool here = row && from_x < call.in_width && (call.fill || phase == 0);
         const float* from = in + static_cast<int64_t>(from_x) * call.in_stride;
         const int64_t at = image * call.out_image + y * call.out_pitch + static_cast<int64_t>(x) * call.out_stride;
         for (int c = 0; c < call.out_stride; c += W) {
@@ -59,9 +58,29 @@ static void spread(const SpreadCall& call) {
           if (call.mask) v = keep(v, call.mask, at + c);
           store(call.out + at + c, v);
         }
+        if (++phase == call.step) phase = 0, ++from_x;
       }
     }
   }
+}
+
+// The largest magnitude in every `every`-th row, or NaN if there is one.
+static float largest(const float* in, int64_t pitch, int stride, int height, int width, int every) {
+  V most = all(0.0f);
+  for (int y = 0; y < height; y += every) {
+    const float* row = in + y * pitch;
+    const int64_t floats = static_cast<int64_t>(width) * stride;
+    for (int64_t i = 0; i < floats; i += W) {
+      const V v = load(row + i);
+      most = larger(add(relu(v), relu(sub(all(0.0f), v))), most);
+    }
+  }
+  alignas(64) float lanes[W];
+  store(lanes, most);
+  for (int l = 1; l < W; ++l) {
+    if (!(lanes[l] <= lanes[0])) lanes[0] = lanes[l];
+  }
+  return lanes[0];
 }
 
 // In double, by lanes of 16 channels in the order of the pixels, then lane after lane.

@@ -37,6 +37,7 @@ const Kernels kernels = {RESENS_NAME,
                          &signs,
                          &mask,
                          &spread,
+                         &largest,
                          &squares,
                          &winograd_scratch,
                          &multiply_adds};
