@@ -86,9 +86,10 @@ def load(
     images = datasets.open(data, card=card, limit=limit)
     check_channels(network, images, model)
     net = wrap(network.eval(), example=images[0][0][None])
-    if len(images.classes) != net.structure.classes:
+    count = len(images.classes)
+    if count != net.structure.classes:
         raise DataError(
-            f"{images.name} has {len(images.classes)} class{'es' * (len(images.classes) != 1)}, but {model} tells {net.structure.classes} apart: "
+            f"{images.name} has {count} class{'es' * (count != 1)}, but {model} tells {net.structure.classes} apart: "
             "its labels would not mean the same; choose the data that the network was trained on"
         )
     return Loaded(model, net, images, images.name)
