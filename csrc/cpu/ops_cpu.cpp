@@ -1,41 +1,15 @@
-// Binds the CPU engine: resens_fast::cpu_pack, eval and path_gradients (CPU), cpu_pack_transposed and cpu_isas.
+// Binds the CPU engine: resens_fast::cpu_pack, resens_fast::eval (CPU) and resens_fast::cpu_isas.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <new>
-
-#include "kernels.h"
-#include "network.h"
+#include "ops_cpu.h"
 
 namespace {
 
-using resens::cpu::Dtype;
-
-void check(const at::Tensor& t, at::ScalarType dtype, const char* name) {
-  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == dtype && t.is_contiguous(), name, " must be a contiguous ", dtype, " tensor on the CPU, not ",
-                    t.scalar_type(), " on ", t.device());
-}
-
-Dtype operand(bool rounded) { return rounded ? Dtype::kBFloat16 : Dtype::kFloat32; }
-
-resens::cpu::Network network_of(const at::Tensor& layout, const std::string& isa, bool rounded) {
-  check(layout, at::kInt, "layout");
-  return resens::cpu::read_network(layout.const_data_ptr<int32_t>(), layout.numel(), resens::cpu::kernels_named(isa.c_str()), operand(rounded));
-}
-
-template <typename F>
-auto with_python_errors(F&& f) {
-  try {
-    return f();
-  } catch (const std::invalid_argument& e) {
-    TORCH_CHECK_VALUE(false, e.what());
-  } catch (const std::bad_alloc&) {
-    TORCH_CHECK_WITH(OutOfMemoryError, false, "There is not enough memory for the states of a tile of images on every thread; use fewer threads or smaller batches.");
-  }
-}
+using namespace resens::cpu;  // check and its like
 
 // layout: int32, raw: the folded float32 parameters it points into -> uint8, what eval reads.
 at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string isa, bool rounded) {
@@ -93,71 +67,25 @@ std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::
   });
 }
 
-// The transpose of a network for one order's last block (-1: of none); where weights lie does not depend on it.
-resens::cpu::Network transposed_of(const resens::cpu::Network& network, const std::string& isa) {
-  return resens::cpu::transpose(network, resens::cpu::kernels_named(isa.c_str()), -1);
-}
-
-// As cpu_pack, for path_gradients: float32 only.
-at::Tensor cpu_pack_transposed(const at::Tensor& layout, const at::Tensor& raw, std::string isa) {
+// How eval would cut `batch` images and the tape: (bytes that all threads take together, images in a tile, tiles,
+// multiply-adds per image of each part of the tape).
+std::tuple<int64_t, int64_t, int64_t, std::vector<double>> cpu_schedule(const at::Tensor& layout, std::string isa, bool rounded, const at::Tensor& tape,
+                                                                        const at::Tensor& gates, int64_t words, int64_t batch, int64_t threads,
+                                                                        int64_t tile) {
   return with_python_errors([&] {
-    check(raw, at::kFloat, "raw");
-    const auto network = network_of(layout, isa, false), transposed = transposed_of(network, isa);
-    at::Tensor packed = at::zeros({transposed.packed_bytes}, at::kByte);
-    resens::cpu::pack_transposed(network, transposed, resens::cpu::kernels_named(isa.c_str()), raw.const_data_ptr<float>(), raw.numel(),
-                                 reinterpret_cast<char*>(packed.mutable_data_ptr()));
-    return packed;
-  });
-}
-
-// images [B, C, H, W] float32, labels [B] int64, packed and transposed from cpu_pack (float32) and cpu_pack_transposed, order
-// [blocks] int64 (the forward's), tape [T, 2] int32 and gates [T] float32 of a gradient plan, shape: that of the first block's
-// input (C, H, W) when the gradients themselves are wanted, else empty; control as for eval.
-// -> norms [words, B] float64, gradients [words, B, C, H, W] float32 (or empty). What a cancelled call did not reach is NaN.
-std::tuple<at::Tensor, at::Tensor> path_gradients_cpu(const at::Tensor& images, const at::Tensor& labels, const at::Tensor& layout, const at::Tensor& packed,
-                                                      const at::Tensor& transposed, std::string isa, const at::Tensor& order, const at::Tensor& tape,
-                                                      const at::Tensor& gates, int64_t words, int64_t threads, int64_t tile, at::IntArrayRef shape,
-                                                      const at::Tensor& control) {
-  return with_python_errors([&] {
-    const auto network = network_of(layout, isa, false);
-    check(images, at::kFloat, "images");
-    check(labels, at::kLong, "labels");
-    check(packed, at::kByte, "packed");
-    check(transposed, at::kByte, "transposed");
-    check(order, at::kLong, "order");
+    const auto network = network_of(layout, isa, rounded);
     check(tape, at::kInt, "tape");
     check(gates, at::kFloat, "gates");
-    check(control, at::kLong, "control");
-    TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == network.channels && images.size(2) == network.height && images.size(3) == network.width,
-                      "images must be [batch, ", network.channels, ", ", network.height, ", ", network.width, "], not ", images.sizes());
-    TORCH_CHECK_VALUE(labels.numel() == images.size(0), "there are ", labels.numel(), " labels for ", images.size(0), " images");
-    TORCH_CHECK_VALUE(order.numel() == static_cast<int64_t>(network.blocks.size()), "the order has ", order.numel(), " blocks, the network ", network.blocks.size());
     TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(), " with ",
                       gates.numel());
-    const auto& g = network.geometries[0];
-    TORCH_CHECK_VALUE(shape.empty() || shape == at::IntArrayRef({g.channels, g.height, g.width}), "shape must be empty or that of the first block's input, ",
-                      g.channels, " x ", g.height, " x ", g.width, ", not ", shape);
-    const int64_t bytes = transposed_of(network, isa).packed_bytes;
-    TORCH_CHECK_VALUE(packed.numel() == network.packed_bytes && transposed.numel() == bytes, "packed has ", packed.numel(), " bytes and transposed ",
-                      transposed.numel(), ", not ", network.packed_bytes, " and ", bytes);
-    TORCH_CHECK_VALUE(control.numel() == 3 && words >= 0, "control must be [3], not ", control.sizes(), "; and words not ", words);
-    at::Tensor norms = at::full({words, images.size(0)}, NAN, at::kDouble);
-    at::Tensor gradients = shape.empty() ? at::empty({0}, at::kFloat) : at::full({words, images.size(0), g.channels, g.height, g.width}, NAN, at::kFloat);
-    resens::cpu::GradientRequest r;
-    r.images = images.const_data_ptr<float>();
-    r.labels = labels.const_data_ptr<int64_t>();
-    r.batch = images.size(0), r.words = words;
-    r.order = order.const_data_ptr<int64_t>();
+    resens::cpu::Request r;
+    r.batch = batch, r.words = words;
     r.tape = tape.const_data_ptr<int32_t>();
     r.gates = gates.const_data_ptr<float>();
     r.length = tape.size(0);
     r.threads = static_cast<int>(threads), r.tile = static_cast<int>(tile);
-    r.norms = norms.mutable_data_ptr<double>();
-    if (!shape.empty()) r.gradients = gradients.mutable_data_ptr<float>();
-    r.control = control.mutable_data_ptr<int64_t>();
-    resens::cpu::path_gradients(network, resens::cpu::kernels_named(isa.c_str()), reinterpret_cast<const char*>(packed.const_data_ptr()),
-                                reinterpret_cast<const char*>(transposed.const_data_ptr()), r);
-    return std::make_tuple(norms, gradients);
+    const auto s = resens::cpu::schedule(network, resens::cpu::kernels_named(isa.c_str()), operand(rounded), r);
+    return std::make_tuple(s.bytes, static_cast<int64_t>(s.tile), static_cast<int64_t>(s.tiles), s.costs);
   });
 }
 
@@ -177,21 +105,19 @@ double cpu_multiply_adds(std::string isa, int64_t rounds) {
 TORCH_LIBRARY_FRAGMENT(resens_fast, m) {
   m.def("cpu_multiply_adds(str isa, int rounds) -> float", &cpu_multiply_adds);
   m.def("cpu_isas() -> str[]", &cpu_isas);
+  m.def(
+      "cpu_schedule(Tensor layout, str isa, bool rounded, Tensor tape, Tensor gates, int words, int batch, int threads, int tile) "
+      "-> (int, int, int, float[])",
+      &cpu_schedule);
   m.def("cpu_pack(Tensor layout, Tensor raw, str isa, bool rounded) -> Tensor");
   m.def(
       "eval(Tensor images, Tensor labels, Tensor layout, Tensor packed, str isa, bool rounded, Tensor tape, Tensor gates, int words, int threads, "
       "int tile, int logits, Tensor(a!) control) -> (Tensor, Tensor)");
-  m.def("cpu_pack_transposed(Tensor layout, Tensor raw, str isa) -> Tensor");
-  m.def(
-      "path_gradients(Tensor images, Tensor labels, Tensor layout, Tensor packed, Tensor transposed, str isa, Tensor order, Tensor tape, Tensor gates, "
-      "int words, int threads, int tile, int[] shape, Tensor(a!) control) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(resens_fast, CPU, m) {
   m.impl("cpu_pack", &cpu_pack);
   m.impl("eval", &eval_cpu);
-  m.impl("cpu_pack_transposed", &cpu_pack_transposed);
-  m.impl("path_gradients", &path_gradients_cpu);
 }
 
 }  // namespace

@@ -99,6 +99,14 @@ class Call:
         self.tile = 0
         self.seconds = image_seconds(weights.fused, tape)
 
+    def schedule(self, images: int, threads: int) -> tuple[int, int, int, list[float]]:
+        """How so many images are cut: bytes of all threads together, images in a tile, tiles, and the multiply-adds
+        per image of each part of the tape (every tile runs every part).
+        """
+        return torch.ops.resens_fast.cpu_schedule(  # type: ignore[no-any-return]
+            self.layout, self.isa, self.rounded, self.tape, self.gates, self.words, images, threads, self.tile
+        )
+
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor | None, control: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +155,7 @@ class CpuExecutor(Executor):
         tape = plan.tape()
         self.call = Call(packed(net), chosen_isa(), dtype == torch.bfloat16, tape.instructions, tape.gates, plan.words)
         self.batch = images_per_call(self.call.seconds)
+        self.footprint = self.call.schedule(self.batch, torch.get_num_threads())[0]
 
     def _run(
         self, images: torch.Tensor, labels: torch.Tensor | None, progress: Progress | None
