@@ -200,6 +200,8 @@ class _PathJob(Job):
 class _Paths:
     """The executors of all orders as one, whose rows are the sweep's."""
 
+    footprint = None
+
     def __init__(
         self, made: Sequence[GradientExecutor], plans: Sequence[GradientPlan], rows: Sequence[NDArray[np.int64]]
     ) -> None:

@@ -150,7 +150,7 @@ def _run(job: Job, reader: ImageReader, folder: StudyFolder | None, progress: bo
         Bar(job.describe(), len(job.sweep), reader, study.images, progress) as bar,
     ):
         # Some engines know only now which way they take.
-        manifest["engine"].update(bitwise=job.engine.bitwise, path=job.engine.path)
+        manifest["engine"].update(bitwise=job.engine.bitwise, path=job.engine.path, footprint=executor.footprint)
         began, before = time.monotonic(), manifest["seconds"]
 
         def finish(part: Part) -> None:
