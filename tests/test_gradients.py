@@ -302,6 +302,36 @@ def test_the_users_network_and_modes_are_left_alone() -> None:
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_small_gradients_do_not_underflow(dtype: torch.dtype) -> None:
+    """Gates of 1e-20 in six blocks: a gradient of 1e-120 in float32, whose smallest number is 1e-45."""
+    net, (images, labels) = NETS[True], batch(2)
+    paths = sweeps.from_gates(net, [[1e-20 if dtype == torch.float32 else 1e-3] * 6])
+    for norm in ("first_block", "parameters"):
+        found, truth = (
+            rf.path_gradients(net, data, paths=paths, norm=norm, engine=engine, dtype=kind, progress=False)
+            for engine, kind, data in (
+                ("torch", dtype, (images.float(), labels)),
+                ("reference", None, (images, labels)),
+            )
+        )
+        close_to = 1e-4 if dtype == torch.float32 else 0.05
+        np.testing.assert_allclose(found.frame["norm"], truth.frame["norm"], rtol=close_to)
+        if norm == "parameters":
+            np.testing.assert_allclose(found.by_block["norm"], truth.by_block["norm"], rtol=close_to)
+
+
+def test_a_broken_image_is_counted() -> None:
+    net, (images, labels) = NETS[True], batch(4)
+    images[2, 0, 0, 0] = torch.nan
+    for engine in ENGINES:
+        study = rf.path_gradients(net, (images, labels), [0, 3], samples=2, engine=engine, dtype=torch.float64)
+        assert (study.frame["nonfinite"] == 1).all()
+        assert np.isfinite(study.frame["norm"]).all()
+        whole = rf.path_gradients(net, (images[[0, 1, 3]], labels[[0, 1, 3]]), [0, 3], samples=2, dtype=torch.float64)
+        np.testing.assert_allclose(study.frame["norm"], whole.frame["norm"], rtol=1e-10)
+
+
 def test_other_sizes_and_dtypes() -> None:
     net, (images, labels) = NETS[True], batch(2, size=20)
     paths = sweeps.paths(net, [0, 3], samples=3)
