@@ -77,7 +77,7 @@ def load(
             if value is not None:
                 raise ModelError(f"{option} is for networks given as module:factory; {model} brings its own")
         if architecture.is_trained(model):
-            card = _read_card(Path(model))
+            card = read_card(Path(model))
             network = architecture.build(card)
             load_checkpoint(network, Path(model) / "weights.safetensors")
         else:
@@ -105,7 +105,8 @@ def check_channels(network: nn.Module, images: Any, model: str) -> None:
         )
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> dict[str, Any]:
+    """What `resens train` noted about the network in a folder.  Raises ModelError when it is damaged."""
     path = folder / "card.json"
     try:
         card = json.loads(path.read_text())
