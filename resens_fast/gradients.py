@@ -79,8 +79,8 @@ def input_gradients(
 
     paths: a sweep; blocks with a gate other than 0 are entered and their branch's gradient is multiplied by the gate.
     images [B, C, H, W], labels int [B]. at: ``first_block`` (its input) or ``image``. Raises what ``path_gradients``
-    raises. Memory is P × B states; for norms alone use ``path_gradients``, which also tells norms that are too small for
-    the precision.
+    raises. Memory is P × B states; for norms alone use ``path_gradients``, which also tells those that are too small
+    for the precision.
     """
     if at == "parameters":
         raise EngineError("input_gradients are taken at first_block or image; parameters have norms only")
