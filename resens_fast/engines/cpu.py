@@ -32,6 +32,7 @@ _CALL_SECONDS, _MOST_IMAGES, _TILE = 10.0, 512, 16
 _RATE = 1.5e11
 
 
+@functools.cache
 def isas() -> tuple[str, ...]:
     """The instruction sets the engine has on this machine, best first; empty without the extension."""
     if extension.module() is None or not hasattr(torch.ops.resens_fast, "cpu_isas"):
@@ -222,10 +223,8 @@ class FastForward:
             return None
         if net.dtype != torch.float32 or net.device.type != "cpu" or CpuEngine().missing() is not None:
             return None
-        if any(m._forward_hooks or m._forward_pre_hooks or m.training for m in net.model.modules()):
-            return None
         state = packed(net)
-        if state.reason is not None:
+        if state.reason is not None or not state.watch.plain():
             return None
         if state is not self.state:
             n = len(net.blocks)
