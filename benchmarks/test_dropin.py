@@ -22,9 +22,10 @@ from torch import nn
 import resens_fast as rf
 from benchmarks import peers
 from benchmarks.conftest import RESULTS
-from benchmarks.test_cpu import operations
-from resens_fast.engines import cpu
+from benchmarks.rows import Row
+from benchmarks.test_cpu import interleave, new_result, timed
 
+PEERS = ("ours", "eager", "compile")
 IMAGES, BATCHES = 1024, (16, 32, 64, 128)  # 128 is what the codebase's own loader has; the best one counts
 
 
@@ -59,10 +60,11 @@ def candidates(model: nn.Module, peer: str) -> list[nn.Module]:
     return [model, last] if peer == "eager" else [peers.compiled(last)]
 
 
-@pytest.mark.parametrize("peer", ["ours", "eager", "compile"])
+@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("arch", ["resnet56", "resnet110"])
 def test_dropin(arch: str, peer: str, codebase: Any, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    if request.config.getoption("--quick") or peer not in request.config.getoption("--peers").split(","):
+    wanted = [p for p in PEERS if p in request.config.getoption("--peers").split(",")]
+    if request.config.getoption("--quick") or peer not in wanted:
         pytest.skip("not asked for")
     model = network(codebase, arch, request.config.getoption("--codebase"))
     x = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -72,35 +74,30 @@ def test_dropin(arch: str, peer: str, codebase: Any, benchmark: Any, request: py
     labels[::3] = 0  # some right and some wrong answers
     expected = 100.0 * float((truth.argmax(1) == labels).float().mean())
     criterion = nn.CrossEntropyLoss()
-    ways = candidates(model, peer)
     best: tuple[float, Any] | None = None
-    for way in ways:
+    for way in candidates(model, peer):
         with torch.no_grad():
             assert float((way(x[:128]) - truth[:128]).abs().max()) <= 1e-3 * float(truth.abs().max())
         for size in BATCHES if peer == "eager" else (128,):
             loader = list(zip(x.split(size), labels.split(size), strict=True))
             loop = functools.partial(codebase.validate, loader, way, criterion)
             assert abs(loop() - expected) < 0.2, "another accuracy than the network's own"
-            start = benchmark._timer()
-            loop()
-            seconds = benchmark._timer() - start
+            seconds = timed(benchmark, loop)
             if best is None or seconds < best[0]:
                 best = (seconds, loop)
     assert best is not None
     benchmark.group = f"drop-in, {arch}"
-    benchmark.pedantic(best[1], rounds=5, iterations=1)
-    net, spread = rf.wrap(model), benchmark.stats.stats
-    executed, naive = operations(net, rf.plan(net, rf.sweeps.intact(net)))
-    result = RESULTS.setdefault(
-        f"drop-in: akamaster {arch}, its own loop",
-        {
-            "seconds": {},
-            "spread": {},
-            "goal": (3.5, 2.5),
-            "results": IMAGES,
-            "executed": executed * IMAGES,
-            "naive": naive * IMAGES,
-            "isa": cpu.chosen_isa(),
-        },
-    )
-    result["seconds"][peer], result["spread"][peer] = spread.median, [spread.min, spread.max]
+    benchmark.pedantic(best[1], rounds=1, iterations=1)
+    net = rf.wrap(model)
+    row = Row(f"drop-in: akamaster {arch}, its own loop", lambda: model, rf.sweeps.intact, IMAGES, goal=(3.5, 2.5))
+    rounds = RESULTS.setdefault(row.name, new_result(row, net, rf.sweeps.intact(net), x))["rounds"]
+    ready(arch)[peer] = best[1], 1.0
+    rounds[peer] = [benchmark.stats.stats.median]
+    if peer == wanted[-1]:
+        interleave(benchmark, ready(arch), rounds)
+
+
+@functools.lru_cache(maxsize=1)
+def ready(arch: str) -> dict[str, tuple[Any, float]]:
+    """As in test_cpu.py."""
+    return {}
