@@ -70,9 +70,17 @@ def network(
             changes = int(stage > 0 and i == 0)
             blocks.append(
                 block(
-                    generator, len(blocks), stage, changes, preactivation, shortcut, activated, before, scale,
+                    generator,
+                    len(blocks),
+                    stage,
+                    changes,
+                    preactivation,
+                    shortcut,
+                    activated,
+                    before,
+                    scale,
                     width=width,
-                )  # fmt: skip
+                )
             )
     head_scaled = preactivation if head_scaled is None else head_scaled
     return FusedNetwork(

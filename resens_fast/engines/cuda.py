@@ -27,6 +27,7 @@ LAUNCH_SECONDS = 0.7
 FIRST_GUESS = 12e-6
 """Seconds that a CTA takes for one block of its tile, before any launch has been measured."""
 LOGITS_BYTES = 2**28
+ASK = "pass dtype=torch.bfloat16 (or torch.float16) for it"
 
 
 class Variant(NamedTuple):
@@ -248,12 +249,10 @@ class CudaEngine(Engine):
             found: Packed | str
             try:
                 fused = lower(net)
-                found = refuses(fused) or (
-                    f"the tape kernel covers this network, but multiplies in 16 bits, not in {dtype}: "
-                    "pass dtype=torch.bfloat16 or torch.float16 for it"
-                )
                 if dtype in DTYPES:
                     found = pack(fused, dtype)
+                else:
+                    found = refuses(fused) or f"the tape kernel would take this network, but not in {dtype}: {ASK}"
             except NotCovered as reason:
                 found = str(reason)
             self._packed = net, dtype, found
