@@ -231,6 +231,7 @@ def timings(check: Check) -> None:
     check.section("peers, intact", peers, 120)
     for name, sweep, count, most in rows:
         check.section(name, lambda n=name, s=sweep, c=count, m=most: timed(n, s, c, m), most + 10)  # type: ignore[misc]
+
     def triton(name: str, draw: Callable[[Any], Any]) -> str:
         need_gpu()
         from resens_fast.kernels import check as kernels

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import resens_fast as rf
-from resens_fast import extension
 from resens_fast.engines.cuda import CudaEngine, Program, TapeExecutor, Variant, launches
 from resens_fast.engines.cuda_pack import pack, refuses
 from resens_fast.engines.levels import LevelsExecutor

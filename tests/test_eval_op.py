@@ -16,7 +16,9 @@ from resens_fast.engines.cuda_pack import pack
 from resens_fast.engines.ops import has_kernel
 from resens_fast.lower import lower
 
-pytestmark = pytest.mark.skipif(extension.module() is None, reason=f"the operator needs the extension: {extension.reason()}")
+pytestmark = pytest.mark.skipif(
+    extension.module() is None, reason=f"the operator needs the extension: {extension.reason()}"
+)
 needs_cuda = pytest.mark.skipif(not has_kernel("cuda"), reason="resens_fast._C was built without CUDA")
 
 
@@ -76,7 +78,10 @@ def test_enqueue_reads_nothing_back(width: int) -> None:
         with Recorder() as ran:
             counts = executor.enqueue(images, labels)
     assert (counts.shape, counts.dtype, counts.device.type) == ((3, plan.words), torch.int64, "cuda")
-    assert [name for name in ran.names if name != "prim.device.default"] == ["aten.slice.Tensor", "resens_fast.eval.default"]
+    assert [name for name in ran.names if name != "prim.device.default"] == [
+        "aten.slice.Tensor",
+        "resens_fast.eval.default",
+    ]
 
 
 @pytest.mark.parametrize(("width", "preactivation"), [(16, True), (16, False), (32, False)])
@@ -88,5 +93,7 @@ def test_the_operands_hold_the_network_where_the_layout_says(width: int, preacti
     assert (fp16, wide, channels, relu, tuple(head)) == (1, width, 3, int(not preactivation), parts.head)
     assert parameters % 16 == stem % 16 == len(packed) % 16 == 0
     assert torch.equal(packed[: len(parts.weights)], parts.weights)
-    assert torch.equal(packed[parameters : parameters + 4 * len(parts.parameters)].view(torch.float32), parts.parameters)
+    assert torch.equal(
+        packed[parameters : parameters + 4 * len(parts.parameters)].view(torch.float32), parts.parameters
+    )
     assert torch.equal(packed[stem : stem + 4 * len(parts.stem)].view(torch.float32), parts.stem)

@@ -13,7 +13,7 @@ import torch
 from .. import extension
 from ..errors import DataError, EngineError, NotCovered
 from .base import Engine, Executor, Progress, Tally
-from .cuda_pack import Packed, pack, refuses
+from .cuda_pack import WIDTHS, Packed, pack, refuses
 from .levels import LevelsExecutor
 from .ops import has_kernel
 
@@ -21,11 +21,17 @@ if TYPE_CHECKING:
     from ..network import ResidualNetwork
     from ..plan import Plan
 
+__all__ = ["ASK", "OLDEST", "WIDTHS", "CudaEngine", "TapeExecutor"]
+
 DTYPES = (torch.bfloat16, torch.float16)
+OLDEST = (8, 0)
+"""The least compute capability: bf16 products and cp.async."""
 LAUNCH_SECONDS = 0.7
 """About how long one launch may take, so that progress, Ctrl-C and display watchdogs work."""
 FIRST_GUESS = 12e-6
-"""Seconds that a CTA takes for one block of its tile, before any launch has been measured."""
+"""Seconds that a CTA takes for one block of its tile, before any launch has been measured; the first launch is an
+eighth as long by this guess, in case the card is slower.
+"""
 LOGITS_BYTES = 2**28
 ASK = "pass dtype=torch.bfloat16 (or torch.float16) for it"
 
@@ -95,7 +101,7 @@ class TapeExecutor(Executor):
         self._gates = torch.from_numpy(np.ascontiguousarray(tape.gates, dtype=np.float32))
         self._cost = float(plan.executed_runs) + 0.1 * plan.words
         self._programs: dict[int, Program] = {}
-        self._rate = FIRST_GUESS
+        self._rate: float | None = None  # seconds for a block of a tile, once a launch was timed
         # Sixteen waves: the last, partly filled one costs little, and the stem's output takes 64 or 128 KB per image.
         self.batch = variant.images * variant.ctas * 16
 
@@ -153,7 +159,10 @@ class TapeExecutor(Executor):
             part = 0
             while part < len(cost) or queued:
                 if part < len(cost):
-                    last = launches(cost[part:], waves * self._rate)[0][1] + part
+                    rate, limit = (
+                        (FIRST_GUESS, LAUNCH_SECONDS / 8) if self._rate is None else (self._rate, LAUNCH_SECONDS)
+                    )
+                    last = launches(cost[part:], waves * rate, limit)[0][1] + part
                     begin = Mark(self.device)
                     counts, values = self.launch(program, part, last, x, y, logits)
                     tally += counts
@@ -161,7 +170,8 @@ class TapeExecutor(Executor):
                         out = values if out is None else out.add_(values)
                     queued.append((begin, Mark(self.device), sum(cost[part:last])))
                     part = last
-                if len(queued) > 1 or part == len(cost):  # one launch runs while the next is prepared
+                # One launch runs while the next is prepared, except while nothing is known about their length.
+                if len(queued) > 1 or part == len(cost) or self._rate is None:
                     begin, end, spent = queued.pop(0)
                     self._rate = max(1e-9, end.seconds_since(begin) / (spent * waves))
                     if progress:
@@ -235,8 +245,9 @@ class CudaEngine(Engine):
         if not dtype.is_floating_point:
             return f"the dtype must be a floating-point one, not {dtype}"
         capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"{torch.cuda.get_device_name(device)} has compute capability {capability}; it needs 8.0 or newer"
+        if capability < OLDEST:
+            has = ".".join(map(str, capability))
+            return f"{torch.cuda.get_device_name(device)} has compute capability {has}; it needs 8.0 or newer"
         packed = self.packed(net, dtype)
         self.bitwise = not isinstance(packed, str) and self.variant(device, packed).images > 0
         return None

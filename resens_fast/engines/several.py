@@ -73,9 +73,7 @@ class SeveralExecutor(Executor):
             ends.append(images * so_far // self.batch)
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
-    def _each(
-        self, images: int, call: Callable[[Executor, slice, Progress], R], progress: Progress | None
-    ) -> list[R]:
+    def _each(self, images: int, call: Callable[[Executor, slice, Progress], R], progress: Progress | None) -> list[R]:
         told: queue.SimpleQueue[float] = queue.SimpleQueue()
         stop = threading.Event()
 
