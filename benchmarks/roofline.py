@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+FIGURES = ("bound", "phased", "cautious")
 WARPS = 8
 RING_SLOTS = 4
 
@@ -279,7 +280,7 @@ def table(card: Card, per_stage: int, width: int = 16) -> str:
         values = (c.tensor, c.shared, c.l2, c.issue, c.elementwise, c.barriers, c.bound, c.phased)
         lines.append(f"{name:<22}" + "".join(f"{v:>8.0f}" for v in values) + f"{c.cautious:>9.0f}")
     flops = 2 * 2 * 9 * width * width * 1024 * 3 * per_stage
-    for figure in ("bound", "phased", "cautious"):
+    for figure in FIGURES:
         rate = images_per_second(card, per_stage, figure, width)
         lines.append(
             f"{figure:<10}{rate:>12,.0f} images/s, {rate * flops / card.dense_peak:.0%} of the dense bf16 peak"

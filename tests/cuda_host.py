@@ -165,9 +165,8 @@ class Host:
         at, scaled, relu, classes = packed.head
         tally = _aligned(np.zeros((words, 3), np.int64))
         logits = _aligned(np.full((words, count, classes), np.nan, np.float32))
-        slots = _aligned(
-            np.full((ctas, max(1, program.slots), self.library.rf_slot_floats(images, packed.width)), np.nan, np.float32)
-        )
+        floats = self.library.rf_slot_floats(images, packed.width)
+        slots = _aligned(np.full((ctas, max(1, program.slots), floats), np.nan, np.float32))
         constants = _aligned(packed.weights.numpy()), _aligned(packed.parameters.numpy())
         arrays = [
             program.tape, program.chunks, program.parts, *constants,

@@ -96,7 +96,7 @@ def test_the_tape_takes_both_widths_where_they_fit(monkeypatch: pytest.MonkeyPat
 def test_levels_take_the_rest_and_say_why(
     monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype, why: str
 ) -> None:
-    """A wide network on a card of 163 KB, another width, and a float32 network, whose user learns how to get the tape."""
+    """A wide network on a card of 163 KB, another width, and a float32 network, whose user learns how to go faster."""
     a100(monkeypatch)
     engine, executor = prepared(network(width), dtype)
     assert executor.kind == "levels"

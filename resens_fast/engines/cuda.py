@@ -62,7 +62,7 @@ class Mark:
 
 
 class Program(NamedTuple):
-    """A plan as the kernel reads it: tape, chunks and parts on the device, slots on the CPU; `cost` of parts in blocks."""
+    """A plan as the kernel reads it: three tensors on the device, slots on the CPU; `cost` of each part in blocks."""
 
     tape: torch.Tensor
     chunks: torch.Tensor
