@@ -64,6 +64,8 @@ class SeveralExecutor(Executor):
     def __init__(self, executors: Sequence[tuple[torch.device, Executor]]) -> None:
         self.executors = list(executors)
         self.batch = sum(executor.batch for _, executor in self.executors)
+        sizes = [executor.footprint for _, executor in self.executors]
+        self.footprint = None if None in sizes else sum(size for size in sizes if size is not None)
 
     def shares(self, images: int) -> list[tuple[int, int]]:
         """Where each device's images begin and end, in proportion to the batches that the executors like."""
