@@ -13,6 +13,7 @@ import torch
 
 import resens_fast as rf
 from resens_fast import doctor, engines, extension
+from resens_fast.commands.tables import print_study
 from resens_fast.engines import cuda
 from resens_fast.engines.cuda import CudaEngine, Variant
 from resens_fast.engines.ops import has_kernel
@@ -104,14 +105,16 @@ def test_levels_take_the_rest_and_say_why(
     assert engine.path.endswith(why)
 
 
-def test_the_manifest_says_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of a float32 network stands in its study, so nobody wonders why it was slow."""
+def test_the_study_says_which_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The path of a float32 network stands in its manifest and above its tables, so nobody wonders why it was slow."""
     net = network()
     engine = engines.get("torch")
     monkeypatch.setattr(type(engine), "path", "levels: of course")
     data = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
     study = rf.evaluate(net, rf.sweeps.intact(net), data, engine="torch", progress=False)
     assert study.manifest["engine"]["path"] == "levels: of course"
+    print_study(study, "net", "noise")
+    assert "the torch engine took the levels: of course" in capsys.readouterr().out
 
 
 @needs_cuda

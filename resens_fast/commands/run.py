@@ -108,9 +108,6 @@ class Job:
         study = evaluate(
             self.net, sweep, loaded.data, engine=self.how.engine, dtype=self.dtype, device=self.how.device, out=self.out
         )
-        engine = study.manifest["engine"]
-        if engine.get("path"):
-            print(f"the {engine['name']} engine ran {engine['path']}")
         about = {"model": loaded.name, "data": loaded.data_name, "command": shlex.join(["resens", *sys.argv[1:]])}
         write_json(self.out / RUN, about)
         return study
