@@ -101,7 +101,12 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the CPU if not given.", show_default=False),
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 or several as cuda:0,cuda:1; the CPU if not given.",
+        show_default=False,
+    ),
 ]
 Threads = Annotated[
     int | None,

@@ -14,6 +14,7 @@ import torch
 
 from . import engines
 from .engines import Engine, Executor, Tally
+from .engines.several import Devices, SeveralExecutor, devices
 from .errors import DataError, EngineError, StudyError, SweepError, WrapError
 from .folder import FORMAT, StudyFolder
 from .images import ImageHash, ImageReader, check_images, tensor
@@ -35,14 +36,15 @@ def evaluate(
     data: Any,
     engine: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Study:
     """Error and loss of every configuration of ``sweep`` on ``data``, in eval mode (Veit et al. 2016, section 4).
 
     data: a DataLoader, a Dataset or ``(images [N, C, H, W] float, labels [N] int)``. engine: ``auto`` (the fastest
-    that covers the whole job) or a name. dtype, device: follow the network when None (the reference engine: float64).
+    that covers the whole job) or a name. dtype, device: follow the network when None (the reference engine: float64);
+    several devices, ``["cuda:0", "cuda:1"]`` or ``"cuda:0,cuda:1"``, share the images of every batch.
     out: a folder; the same call resumes it after Ctrl-C or a kill, without repeating finished parts. progress: a bar
     on standard error when it takes longer than two seconds.
 
@@ -66,7 +68,7 @@ def logits(
     images: torch.Tensor,
     engine: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
 ) -> torch.Tensor:
     """Logits [C, B, classes] of every configuration on images [B, C, H, W], on the CPU, in the engine's precision.
 
@@ -91,7 +93,7 @@ class _Job:
         sweep: Sweep,
         engine: str,
         dtype: torch.dtype | None,
-        device: torch.device | str | None,
+        device: Devices | None,
     ) -> None:
         if not isinstance(sweep, Sweep):
             raise SweepError(f"a sweep is needed, not {type(sweep).__name__}; build one with resens_fast.sweeps")
@@ -103,7 +105,8 @@ class _Job:
             raise EngineError(f"dtype must be a torch.dtype such as torch.float32, not {dtype!r}")
         self.net, self.sweep = net, sweep
         self.plan: Plan = plan(net, sweep)
-        self.device = _usable(device) if device is not None else net.device
+        self.devices = devices(device) if device is not None else [net.device]
+        self.device = self.devices[0]
         if dtype is None:
             dtype = torch.float64 if engine == "reference" else net.dtype
         self.dtype = dtype
@@ -114,6 +117,7 @@ class _Job:
         self.engine: Engine
         size = tuple(example.shape[1:]) if len(example) else None
         self.engine, self.passed_over = engines.choose(self._wanted, self.net, self.device, self.dtype, size)
+        self.others = [engines.choose(self.engine.name, self.net, d, self.dtype, size)[0] for d in self.devices[1:]]
 
     @contextmanager
     def executor(self, example: torch.Tensor) -> Iterator[Executor]:
@@ -123,10 +127,21 @@ class _Job:
         try:
             _check_size(self.net, example)
             with torch.autocast(self.device.type, enabled=False):  # the dtype is what the manifest says
-                yield self.engine.prepare(self.net, self.plan, self.device, self.dtype)
+                made = [
+                    (device, engine.prepare(self.net, self.plan, device, self.dtype))
+                    for device, engine in zip(self.devices, (self.engine, *self.others), strict=True)
+                ]
+                yield made[0][1] if len(made) == 1 else SeveralExecutor(made)
         finally:
             for module, flag in flags.items():
                 module.training = flag
+
+    def way(self) -> dict[str, Any]:
+        """What the engine promises and which way it took, on every device."""
+        used = (self.engine, *self.others)
+        alike = len({_device_name(device) for device in self.devices}) == 1  # two cards may round differently
+        ways = dict.fromkeys(engine.path for engine in used)
+        return {"bitwise": alike and all(engine.bitwise for engine in used), "path": "; ".join(ways)}
 
     def manifest(self, reader: ImageReader) -> dict[str, Any]:
         return {
@@ -148,7 +163,7 @@ class _Job:
             "engine": {
                 "name": self.engine.name,
                 "dtype": str(self.dtype).removeprefix("torch."),
-                "device": _device_name(self.device),
+                "device": ", ".join(map(_device_name, self.devices)),
                 "bitwise": self.engine.bitwise,
                 "passed_over": self.passed_over,
             },
@@ -169,7 +184,7 @@ def _run(job: _Job, reader: ImageReader, folder: StudyFolder | None, progress: b
         return study
     with job.executor(reader.peek()) as executor, _Bar(job, reader, study.images, progress) as bar:
         # Some engines know only now which way they take.
-        manifest["engine"].update(bitwise=job.engine.bitwise, path=job.engine.path, footprint=executor.footprint)
+        manifest["engine"].update(job.way(), footprint=executor.footprint)
         began, before = time.monotonic(), manifest["seconds"]
 
         def finish(part: Part) -> None:
@@ -307,15 +322,6 @@ def _check_size(net: ResidualNetwork, images: torch.Tensor) -> None:
             f"the network does not take images of the shape {size} (it was wrapped with "
             f"{net.structure.input_shape}): {str(error).splitlines()[0]}"
         ) from None
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    """The device, after a first number was put there."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EngineError(f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
 
 
 def _device_name(device: torch.device) -> str:

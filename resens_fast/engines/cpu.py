@@ -6,7 +6,6 @@ bfloat16 means bf16 products with fp32 accumulation and fp32 activations. Thread
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from .. import extension
 from ..plan import HEAD, RUN
 from .base import Engine, Executor, Progress, Tally
+from .ops import has_kernel
 from .packed import Packed, packed
 
 if TYPE_CHECKING:
@@ -43,29 +43,6 @@ def isas() -> tuple[str, ...]:
 def chosen_isa() -> str:
     """RESENS_FAST_ISA, or the best instruction set of this machine."""
     return os.environ.get("RESENS_FAST_ISA") or next(iter(isas()), "")
-
-
-@functools.cache
-def _register_fake() -> None:
-    # Shapes for torch.compile and opcheck: a fake tape cannot be read, so the number of words is an argument.
-    @torch.library.register_fake("resens_fast::eval")
-    def _(
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        layout: torch.Tensor,
-        packed: torch.Tensor,
-        isa: str,
-        rounded: bool,
-        tape: torch.Tensor,
-        gates: torch.Tensor,
-        words: int,
-        threads: int,
-        tile: int,
-        logits: int,
-        control: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = torch.empty(3, words, dtype=torch.int64)
-        return counts, torch.empty((words, images.shape[0], logits) if logits else (0,))
 
 
 class Call:
@@ -100,10 +77,11 @@ class Call:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts int64 [3, W], and logits float32 [W, B, K] when there are no labels; the GIL is free meanwhile."""
         none = torch.empty(0, dtype=torch.int64)
-        return torch.ops.resens_fast.eval(  # type: ignore[no-any-return]
-            images, none if labels is None else labels, self.layout, self.packed, self.isa, self.rounded, self.tape, self.gates,  # noqa: E501
-            self.words, torch.get_num_threads(), self.tile, self.classes if labels is None else 0, control,
+        counts, logits = torch.ops.resens_fast.eval(
+            images, none if labels is None else labels, self.layout, self.packed, [self.tape, self.gates], self.words,
+            self.classes if labels is None else 0, torch.get_num_threads(), self.tile, self.isa, self.rounded, control,
         )  # fmt: skip
+        return counts, logits
 
 
 def _interruptible(call: Callable[[], Any], control: torch.Tensor, progress: Progress | None) -> Any:
@@ -176,8 +154,7 @@ class CpuEngine(Engine):
             return "resens_fast._C was built without csrc/cpu"
         if chosen_isa() not in isas():
             return f"RESENS_FAST_ISA is {chosen_isa()!r}, but this machine has {', '.join(isas())}"
-        _register_fake()
-        return None
+        return None if has_kernel("cpu") else "resens_fast._C was built without csrc/cpu"
 
     def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
