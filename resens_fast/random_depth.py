@@ -44,7 +44,7 @@ class RandomDepth:
         raise NotImplementedError
 
     def __call__(self, net: nn.Module, images: Tensor) -> Tensor:
-        """Logits [B, classes]; raises ModelError for a network that is not wrapped or has other than residual blocks."""
+        """Logits [B, classes]; raises ModelError for a network that is not wrapped or has a block without shortcut."""
         residual = _residual(net)
         n = len(residual.blocks)
         return residual(images, mask=self.draw(n) if residual.training else self.survival(n))
