@@ -61,6 +61,8 @@ def load(
         network = from_factory(model)
         if checkpoint is not None:
             load_checkpoint(network, checkpoint)
+        else:
+            print(f"no --checkpoint: the weights are those that {model} makes", flush=True)
         if (mean is None) != (std is None):
             raise DataError("--mean and --std belong together: give both or neither")
         card = {"name": model}
@@ -84,6 +86,12 @@ def load(
     images = datasets.open(data, card=card, limit=limit)
     check_channels(network, images, model)
     net = wrap(network.eval(), example=images[0][0][None])
+    count = len(images.classes)
+    if count != net.structure.classes:
+        raise DataError(
+            f"{images.name} has {count} class{'es' * (count != 1)}, but {model} tells {net.structure.classes} apart: "
+            "its labels would not mean the same; choose the data that the network was trained on"
+        )
     return Loaded(model, net, images, images.name)
 
 
