@@ -1,8 +1,8 @@
 """A training step with random blocks against one of the full network: forward, backward and SGD on the same images.
 
-`pytest benchmarks/test_training.py --benchmark-only [--threads 1]`.  The steps of all peers are interleaved in one
-process; every step draws its own mask, so that a round sees cheap and dear draws of all stages alike.  Dtype is what
-training takes on this machine ("auto").
+`pytest benchmarks/test_training.py --benchmark-only -s [--threads 1] [--quick]`.  The peers take turns in one process;
+every step draws its own mask, so that a round sees cheap and dear draws of all stages alike.  Dtype is what training
+takes on this machine ("auto").
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def rows_of(net: rf.ResidualNetwork, share: float) -> Callable[..., torch.Tensor
 
 
 @pytest.mark.parametrize(("depth", "preactivation", "k"), ROWS)
-def test_step(depth: int, preactivation: bool, k: int, benchmark: Any) -> None:
+def test_step(depth: int, preactivation: bool, k: int, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--quick") and depth > 56:
+        pytest.skip("not asked for")
     torch.manual_seed(0)
     net = rf.wrap(rf.models.resnet(depth, preactivation=preactivation), torch.zeros(1, 3, 32, 32)).train()
     net.to(memory_format=torch.channels_last)

@@ -138,6 +138,16 @@ class Shared(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Looped(Shared):
+    """One branch that runs twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for _ in range(2):
+            x = x + self.first(x)
+        return self.fc(x.mean((2, 3)))
+
+
 def test_branches_that_cannot_take_up_a_number_are_refused() -> None:
     example = torch.zeros(1, 3, 16, 16)
     net, x = rf.wrap(styles.Network(Dropped).eval(), example), torch.randn(2, 3, 16, 16)
@@ -151,9 +161,11 @@ def test_branches_that_cannot_take_up_a_number_are_refused() -> None:
     nn.utils.parametrizations.weight_norm(normed.layer1[0].conv2)
     with pytest.raises(ModelError, match="does not end in a convolution"):
         forward.plain(rf.wrap(normed, example))
-    for tied in (False, True):
+    for model in (Shared(False), Shared(True), Looped(False)):
+        if isinstance(model, Looped):
+            del model.second
         with pytest.raises(ModelError, match="is used more than once"):
-            forward.plain(rf.wrap(Shared(tied).eval(), example))
+            forward.plain(rf.wrap(model.eval(), example))
 
 
 def test_wrong_numbers_and_networks_are_refused() -> None:
