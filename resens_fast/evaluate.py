@@ -169,7 +169,7 @@ def _run(job: _Job, reader: ImageReader, folder: StudyFolder | None, progress: b
         return study
     with job.executor(reader.peek()) as executor, _Bar(job, reader, study.images, progress) as bar:
         # Some engines know only now which way they take.
-        manifest["engine"].update(bitwise=job.engine.bitwise, path=job.engine.path)
+        manifest["engine"].update(bitwise=job.engine.bitwise, path=job.engine.path, footprint=executor.footprint)
         began, before = time.monotonic(), manifest["seconds"]
 
         def finish(part: Part) -> None:

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -14,18 +13,19 @@
 namespace resens::cpu {
 
 Buffer::Buffer(int64_t bytes) {
-  const int64_t page = bytes >= (int64_t{1} << 21) ? int64_t{1} << 21 : 4096;
+  const int64_t page = bytes >= (int64_t{1} << 21) ? int64_t{1} << 21 : 64;
   const int64_t size = (std::max<int64_t>(bytes, 1) + page - 1) / page * page;
-  void* p = nullptr;
-  if (posix_memalign(&p, page, size) != 0) throw std::bad_alloc();
+  bytes_ = size + page;
+  // calloc knows which memory the system has just zeroed, and does not touch it.
+  block_ = std::calloc(1, bytes_);
+  if (!block_) throw std::bad_alloc();
+  data_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block_) + page - 1) / page * page);
 #if defined(__linux__)
-  madvise(p, size, MADV_HUGEPAGE);  // only speed depends on it
+  if (page > 64) madvise(data_, size, MADV_HUGEPAGE);  // only speed depends on it
 #endif
-  std::memset(p, 0, size);
-  data_ = static_cast<char*>(p);
 }
 
-Buffer::~Buffer() { std::free(data_); }
+Buffer::~Buffer() { std::free(block_); }
 
 Worker::Worker(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, int tile)
     : network_(network),
@@ -54,6 +54,15 @@ void Worker::bind(const Program& program) {
     if (used[g] == states_[g].size()) states_[g].push_back(std::make_unique<Buffer>(4 * network_.geometries[g].image() * tile_));
     bound_.push_back({states_[g][used[g]++]->data(), g});
   }
+}
+
+int64_t Worker::bytes() const {
+  int64_t sum = convolution_->bytes() + head_->bytes();
+  for (const auto& buffers : states_) {
+    for (const auto& b : buffers) sum += b->bytes();
+  }
+  for (const Scratch& s : scratch_) sum += s.buffer->bytes();
+  return sum;
 }
 
 View Worker::view(char* base, const Geometry& g, int bytes) const {

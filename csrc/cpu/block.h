@@ -17,9 +17,12 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   char* data() { return data_; }
+  int64_t bytes() const { return bytes_; }
 
  private:
+  void* block_;
   char* data_;
+  int64_t bytes_;  // of the whole block
 };
 
 // A run of images in memory: pixel (0, 0) of the first one, distances in elements.
@@ -40,6 +43,7 @@ class Worker {
   void stem(const float* images, int count);         // [count][C][H][W] -> buffer 0
   void run(const Step& step, int images);            // RUN or SHORTCUT
   const float* head(const Step& step, int image);    // the logits of one image
+  int64_t bytes() const;                             // of all its buffers so far
 
  private:
   enum Role { kOperand, kShortcutOperand, kMiddle, kMiddle2, kPooled, kRoles };

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -55,15 +56,34 @@ Shape choose(const Network& network, const Request& r, const TapeCost& cost) {
   tile = std::min(tile, r.batch);
   int64_t tiles = (r.batch + tile - 1) / tile, parts = 1;
   if (threads > 1 && tiles < 4 * threads) {
-    const int64_t affordable = static_cast<int64_t>(cost.total / std::max(4 * cost.longest, 1.0));
+    const double words = cost.total / std::max(cost.longest, 1.0);  // as many of the longest cost as much
+    const int64_t affordable = static_cast<int64_t>(words / 4);
     parts = std::clamp<int64_t>((4 * threads + tiles - 1) / tiles, 1, std::max<int64_t>(affordable, 1));
-    if (parts == 1 && r.tile <= 0) {  // smaller tiles, an equal number for each thread
+    if (parts > 1 && parts * tiles >= threads) {
+      parts = std::max<int64_t>(parts * tiles / threads * threads / tiles, 1);  // no last round with few threads at work
+    } else if (r.tile <= 0) {  // smaller tiles, an equal number for each thread
       tiles = std::min((tiles + threads - 1) / threads * threads, r.batch);
       tile = (r.batch + tiles - 1) / tiles;
       tiles = (r.batch + tile - 1) / tile;
+      // Threads that still have no tile repeat prefixes rather than do nothing.
+      parts = std::clamp<int64_t>((threads + tiles - 1) / tiles, 1, std::max<int64_t>(static_cast<int64_t>(words), 1));
     }
   }
   return {static_cast<int>(tile), static_cast<int>(tiles), static_cast<int>(parts)};
+}
+
+// The same kernels with nothing in them: a worker that runs them takes its memory, none of which is touched.
+Kernels idle(const Kernels& kernels) {
+  Kernels k = kernels;
+  for (OperandKernels* o : {&k.float32, &k.bfloat16}) {
+    o->winograd = o->direct = [](const ConvCall&) {};
+    o->operand = [](const PassCall&) {};
+    o->stem = [](const StemCall&) {};
+  }
+  k.pass = [](const PassCall&) {};
+  k.pad = [](const PadCall&) {};
+  k.max_pool = [](const MaxPoolCall&) {};
+  return k;
 }
 
 class Evaluation {
@@ -81,8 +101,28 @@ class Evaluation {
     }
   }
 
+  Schedule schedule() const {
+    Schedule s;
+    s.tile = shape_.tile, s.tiles = shape_.tiles;
+    const Kernels none = idle(kernels_);
+    Worker worker(network_, none, packed_, dtype_, shape_.tile);
+    for (const Program& p : programs_) {
+      s.costs.push_back(p.cost);
+      worker.bind(p);
+      worker.stem(nullptr, 1);
+      std::vector<bool> seen(2 * network_.blocks.size());
+      for (const Step& step : p.steps) {
+        if (step.op == HEAD || seen[2 * step.index + (step.op == RUN)]) continue;
+        seen[2 * step.index + (step.op == RUN)] = true;
+        worker.run(step, shape_.tile);
+      }
+    }
+    s.bytes = worker.bytes() * threads();
+    return s;
+  }
+
   bool run() {
-    const int threads = static_cast<int>(std::min<int64_t>(std::max(r_.threads, 1), items_));
+    const int threads = this->threads();
     std::vector<std::thread> others;
     try {
       for (int t = 1; t < threads; ++t) others.emplace_back([this] { work(); });
@@ -96,6 +136,7 @@ class Evaluation {
   }
 
  private:
+  int threads() const { return static_cast<int>(std::min<int64_t>(std::max(r_.threads, 1), items_)); }
   std::atomic<int64_t>& control(int i) const { return reinterpret_cast<std::atomic<int64_t>*>(r_.control)[i]; }
   bool cancelled() const { return failed_.load(std::memory_order_relaxed) || (r_.control && control(0).load(std::memory_order_relaxed)); }
 
@@ -160,6 +201,12 @@ class Evaluation {
 };
 
 }  // namespace
+
+Schedule schedule(const Network& network, const Kernels& kernels, Dtype dtype, const Request& r) {
+  if (r.batch <= 0 || r.words <= 0) return {};
+  const std::unique_ptr<char[]> packed(new char[network.packed_bytes]);  // never read; only for pointers into it
+  return Evaluation(network, kernels, packed.get(), dtype, r).schedule();
+}
 
 bool evaluate(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, const Request& r) {
   if (r.batch <= 0 || r.words <= 0) return true;

@@ -117,6 +117,14 @@ struct Request {
   int64_t* control = nullptr;       // [0] cancel (set by the caller), [1] steps x images done, [2] their total; or null
 };
 
+// How a request is cut, and the memory it takes, without doing anything.
+struct Schedule {
+  int tile = 0, tiles = 0;
+  std::vector<double> costs;  // multiply-adds per image of each part of the tape; every tile runs every part
+  int64_t bytes = 0;          // of states and scratch, all threads together
+};
+Schedule schedule(const Network& network, const Kernels& kernels, Dtype dtype, const Request& request);
+
 // Runs the whole tape on all images; false when cancelled. Throws std::bad_alloc and std::invalid_argument.
 bool evaluate(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, const Request& request);
 

@@ -93,6 +93,28 @@ std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::
   });
 }
 
+// How eval would cut `batch` images and the tape: (bytes that all threads take together, images in a tile, tiles,
+// multiply-adds per image of each part of the tape).
+std::tuple<int64_t, int64_t, int64_t, std::vector<double>> cpu_schedule(const at::Tensor& layout, std::string isa, bool rounded, const at::Tensor& tape,
+                                                                        const at::Tensor& gates, int64_t words, int64_t batch, int64_t threads,
+                                                                        int64_t tile) {
+  return with_python_errors([&] {
+    const auto network = network_of(layout, isa, rounded);
+    check(tape, at::kInt, "tape");
+    check(gates, at::kFloat, "gates");
+    TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(), " with ",
+                      gates.numel());
+    resens::cpu::Request r;
+    r.batch = batch, r.words = words;
+    r.tape = tape.const_data_ptr<int32_t>();
+    r.gates = gates.const_data_ptr<float>();
+    r.length = tape.size(0);
+    r.threads = static_cast<int>(threads), r.tile = static_cast<int>(tile);
+    const auto s = resens::cpu::schedule(network, resens::cpu::kernels_named(isa.c_str()), operand(rounded), r);
+    return std::make_tuple(s.bytes, static_cast<int64_t>(s.tile), static_cast<int64_t>(s.tiles), s.costs);
+  });
+}
+
 // The instruction sets this machine runs, best first.
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
@@ -109,6 +131,10 @@ double cpu_multiply_adds(std::string isa, int64_t rounds) {
 TORCH_LIBRARY_FRAGMENT(resens_fast, m) {
   m.def("cpu_multiply_adds(str isa, int rounds) -> float", &cpu_multiply_adds);
   m.def("cpu_isas() -> str[]", &cpu_isas);
+  m.def(
+      "cpu_schedule(Tensor layout, str isa, bool rounded, Tensor tape, Tensor gates, int words, int batch, int threads, int tile) "
+      "-> (int, int, int, float[])",
+      &cpu_schedule);
   m.def("cpu_pack(Tensor layout, Tensor raw, str isa, bool rounded) -> Tensor");
   m.def(
       "eval(Tensor images, Tensor labels, Tensor layout, Tensor packed, str isa, bool rounded, Tensor tape, Tensor gates, int words, int threads, "

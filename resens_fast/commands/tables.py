@@ -61,8 +61,9 @@ def print_study(study: Study, name: str, data: str, everything: bool = False) ->
     """Everything a study found, as tables; `everything` prints all rows of the long ones."""
     frame, structure = study.frame, study.structure
     engine = study.manifest["engine"]
+    memory = f" in {engine['footprint'] / 2**20:,.0f} MiB" if engine.get("footprint") else ""
     print(
-        f"\n{name} on {data}: {study.images:,} images, engine {engine['name']}, {engine['dtype']}, "
+        f"\n{name} on {data}: {study.images:,} images, engine {engine['name']}, {engine['dtype']}{memory}, "
         f"{study.manifest['seconds']:.1f} s"
     )
     intact = frame[frame["kind"] == "intact"]

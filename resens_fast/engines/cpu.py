@@ -86,6 +86,14 @@ class Call:
         runs = self.tape[self.tape[:, 0] == RUN, 1].numpy()
         self.seconds = float(np.asarray([*costs, 0.0])[runs].sum()) / _RATE  # of one image on one thread, roughly
 
+    def schedule(self, images: int, threads: int) -> tuple[int, int, int, list[float]]:
+        """How so many images are cut: bytes of all threads together, images in a tile, tiles, and the multiply-adds
+        per image of each part of the tape (every tile runs every part).
+        """
+        return torch.ops.resens_fast.cpu_schedule(  # type: ignore[no-any-return]
+            self.layout, self.isa, self.rounded, self.tape, self.gates, self.words, images, threads, self.tile
+        )
+
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor | None, control: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +144,7 @@ class CpuExecutor(Executor):
         threads = torch.get_num_threads()
         images = int(_CALL_SECONDS * threads / max(self.call.seconds, 1e-9)) // (_TILE * threads) * _TILE * threads
         self.batch = min(max(images, _TILE), _MOST_IMAGES)
+        self.footprint = self.call.schedule(self.batch, threads)[0]
 
     def _run(
         self, images: torch.Tensor, labels: torch.Tensor | None, progress: Progress | None
