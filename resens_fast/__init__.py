@@ -11,7 +11,7 @@ Only torch and numpy are needed to import the package; pandas, pyarrow, scipy an
 needs them.
 """
 
-from . import data, engines, errors, models, sweeps, training
+from . import data, engines, errors, highway, models, sweeps, training
 from .evaluate import evaluate, logits
 from .network import ResidualNetwork
 from .plan import Plan, plan
@@ -31,6 +31,7 @@ __all__ = [
     "engines",
     "errors",
     "evaluate",
+    "highway",
     "logits",
     "models",
     "open_study",
