@@ -126,7 +126,7 @@ void Worker::convolve(const Conv& conv, const View& in, View out, const Geometry
     call.scale = reinterpret_cast<const float*>(packed_ + finish.prologue->scale);
     call.shift = reinterpret_cast<const float*>(packed_ + finish.prologue->shift);
   }
-  call.gate = finish.gate, call.out_scale = finish.scale, call.relu = finish.relu;
+  call.gate = finish.gate, call.out_scale = finish.scale, call.relu = finish.relu, call.mask = finish.mask;
   call.images = images;
   call.scratch = convolution_->data();
   (conv.algorithm == Algorithm::kWinograd ? operand_.winograd : operand_.direct)(call);

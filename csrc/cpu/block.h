@@ -45,8 +45,8 @@ class Worker {
   const float* head(const Step& step, int image);    // the logits of one image
   int64_t bytes() const;                             // of all its buffers so far
 
- private:
-  enum Role { kOperand, kShortcutOperand, kMiddle, kMiddle2, kPooled, kRoles };
+ protected:
+  enum Role { kOperand, kShortcutOperand, kMiddle, kMiddle2, kPooled, kMasked, kRoles };
   struct Scratch {
     Role role;
     Geometry geometry;
@@ -66,6 +66,7 @@ class Worker {
     const float* residual = nullptr;
     float gate = 1, scale = 1;
     bool relu = false;
+    const uint8_t* mask = nullptr;
   };
   void convolve(const Conv& conv, const View& in, View out, const Geometry& g, const Finish& finish, int images);
   // Writes the shortcut to `to` (not for an identity that reads the state itself).

@@ -1,18 +1,15 @@
 // The tape on all images: tiles of images over threads, every tile executes the same instructions, nothing is
 // exchanged but the final counts (integers, so their order does not matter).
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <exception>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "../plan.h"
 #include "block.h"
+#include "parallel.h"
 
 namespace resens::cpu {
 namespace {
@@ -43,9 +40,7 @@ void count(const float* logits, int classes, int64_t label, int64_t word, Counts
   counts.loss[word] += std::llround(std::min(loss, kLossMost) * kLossScale);
 }
 
-struct Shape {
-  int tile, tiles, parts;
-};
+}  // namespace
 
 // Few tiles leave threads idle: then the trie is cut, if the prefixes that are recomputed cost little beside a part.
 Shape choose(const Network& network, const Request& r, const TapeCost& cost) {
@@ -72,6 +67,8 @@ Shape choose(const Network& network, const Request& r, const TapeCost& cost) {
   return {static_cast<int>(tile), static_cast<int>(tiles), static_cast<int>(parts)};
 }
 
+namespace {
+
 // The same kernels with nothing in them: a worker that runs them takes its memory, none of which is touched.
 Kernels idle(const Kernels& kernels) {
   Kernels k = kernels;
@@ -93,12 +90,6 @@ class Evaluation {
     const TapeCost cost = tape_cost(network, r_.tape, r_.gates, r_.length, r_.words);
     shape_ = choose(network, r_, cost);
     programs_ = compile(network, r_.tape, r_.gates, r_.length, r_.words, shape_.parts);
-    items_ = static_cast<int64_t>(programs_.size()) * shape_.tiles;
-    if (r_.control) {
-      int64_t total = 0;
-      for (const Program& p : programs_) total += static_cast<int64_t>(p.steps.size()) * r_.batch;
-      control(2).store(total, std::memory_order_relaxed);
-    }
   }
 
   Schedule schedule() const {
@@ -117,62 +108,41 @@ class Evaluation {
         worker.run(step, shape_.tile);
       }
     }
-    s.bytes = worker.bytes() * threads();
+    s.bytes = worker.bytes() * std::min<int64_t>(std::max(r_.threads, 1), static_cast<int64_t>(programs_.size()) * shape_.tiles);
     return s;
   }
 
   bool run() {
-    const int threads = this->threads();
-    std::vector<std::thread> others;
-    try {
-      for (int t = 1; t < threads; ++t) others.emplace_back([this] { work(); });
-    } catch (...) {
-      fail();
-    }
-    work();
-    for (std::thread& t : others) t.join();
-    if (error_) std::rethrow_exception(error_);
-    return !cancelled();
+    int64_t total = 0;
+    for (const Program& p : programs_) total += static_cast<int64_t>(p.steps.size()) * r_.batch;
+    Crew crew(static_cast<int64_t>(programs_.size()) * shape_.tiles, r_.control, total);
+    return crew.run(std::max(r_.threads, 1), [&] { work(crew); });
   }
 
  private:
-  int threads() const { return static_cast<int>(std::min<int64_t>(std::max(r_.threads, 1), items_)); }
-  std::atomic<int64_t>& control(int i) const { return reinterpret_cast<std::atomic<int64_t>*>(r_.control)[i]; }
-  bool cancelled() const { return failed_.load(std::memory_order_relaxed) || (r_.control && control(0).load(std::memory_order_relaxed)); }
-
-  void fail() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!error_) error_ = std::current_exception();
-    failed_.store(true, std::memory_order_relaxed);
-  }
-
-  void work() {
-    try {
-      Worker worker(network_, kernels_, packed_, dtype_, shape_.tile);
-      Counts counts(r_.errors ? r_.words : 0);
-      for (int64_t item; !cancelled() && (item = next_.fetch_add(1)) < items_;) {
-        // All parts of a tile before the next tile: the longest-running items start first only by chance, but images stay in cache.
-        tile(worker, programs_[item % programs_.size()], item / static_cast<int64_t>(programs_.size()), counts);
-      }
-      if (!r_.errors) return;
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (int64_t w = 0; w < r_.words; ++w) {
-        r_.errors[w] += counts.errors[w];
-        r_.loss[w] += counts.loss[w];
-        r_.nonfinite[w] += counts.nonfinite[w];
-      }
-    } catch (...) {
-      fail();
+  void work(Crew& crew) {
+    Worker worker(network_, kernels_, packed_, dtype_, shape_.tile);
+    Counts counts(r_.errors ? r_.words : 0);
+    for (int64_t item; (item = crew.take()) >= 0;) {
+      // All parts of a tile before the next tile: the longest-running items start first only by chance, but images stay in cache.
+      tile(crew, worker, programs_[item % programs_.size()], item / static_cast<int64_t>(programs_.size()), counts);
+    }
+    if (!r_.errors) return;
+    const std::lock_guard<std::mutex> lock(counting_);
+    for (int64_t w = 0; w < r_.words; ++w) {
+      r_.errors[w] += counts.errors[w];
+      r_.loss[w] += counts.loss[w];
+      r_.nonfinite[w] += counts.nonfinite[w];
     }
   }
 
-  void tile(Worker& worker, const Program& program, int64_t index, Counts& counts) {
+  void tile(Crew& crew, Worker& worker, const Program& program, int64_t index, Counts& counts) {
     const int64_t first = index * shape_.tile;
     const int images = static_cast<int>(std::min<int64_t>(shape_.tile, r_.batch - first));
     worker.bind(program);
     worker.stem(r_.images + first * network_.channels * network_.height * network_.width, images);
     for (const Step& step : program.steps) {
-      if (cancelled()) return;
+      if (crew.cancelled()) return;
       if (step.op != HEAD) {
         worker.run(step, images);
       } else {
@@ -182,7 +152,7 @@ class Evaluation {
           if (r_.logits) std::copy_n(logits, network_.classes, r_.logits + (step.index * r_.batch + first + i) * network_.classes);
         }
       }
-      if (r_.control) control(1).fetch_add(images, std::memory_order_relaxed);
+      crew.done(images);
     }
   }
 
@@ -193,11 +163,7 @@ class Evaluation {
   const Request& r_;
   Shape shape_;
   std::vector<Program> programs_;
-  int64_t items_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<bool> failed_{false};
-  std::mutex mutex_;
-  std::exception_ptr error_;
+  std::mutex counting_;
 };
 
 }  // namespace
@@ -208,15 +174,17 @@ Schedule schedule(const Network& network, const Kernels& kernels, Dtype dtype, c
   return Evaluation(network, kernels, packed.get(), dtype, r).schedule();
 }
 
-bool evaluate(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, const Request& r) {
-  if (r.batch <= 0 || r.words <= 0) return true;
-  if (r.errors) {
-    for (int64_t i = 0; i < r.batch; ++i) {
-      if (r.labels[i] < 0 || r.labels[i] >= network.classes) {
-        throw std::invalid_argument("Label " + std::to_string(r.labels[i]) + " of image " + std::to_string(i) + " is not one of " + std::to_string(network.classes) + " classes.");
-      }
+void check_labels(const Network& network, const int64_t* labels, int64_t batch) {
+  for (int64_t i = 0; i < batch; ++i) {
+    if (labels[i] < 0 || labels[i] >= network.classes) {
+      throw std::invalid_argument("Label " + std::to_string(labels[i]) + " of image " + std::to_string(i) + " is not one of " + std::to_string(network.classes) + " classes.");
     }
   }
+}
+
+bool evaluate(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, const Request& r) {
+  if (r.batch <= 0 || r.words <= 0) return true;
+  if (r.errors) check_labels(network, r.labels, r.batch);
   return Evaluation(network, kernels, packed, dtype, r).run();
 }
 

@@ -8,35 +8,11 @@
 #include <new>
 #include <optional>
 
-#include "kernels.h"
-#include "network.h"
+#include "ops_cpu.h"
 
 namespace {
 
-using resens::cpu::Dtype;
-
-void check(const at::Tensor& t, at::ScalarType dtype, const char* name) {
-  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == dtype && t.is_contiguous(), name, " must be a contiguous ", dtype, " tensor on the CPU, not ",
-                    t.scalar_type(), " on ", t.device());
-}
-
-Dtype operand(bool rounded) { return rounded ? Dtype::kBFloat16 : Dtype::kFloat32; }
-
-resens::cpu::Network network_of(const at::Tensor& layout, const std::string& isa, bool rounded) {
-  check(layout, at::kInt, "layout");
-  return resens::cpu::read_network(layout.const_data_ptr<int32_t>(), layout.numel(), resens::cpu::kernels_named(isa.c_str()), operand(rounded));
-}
-
-template <typename F>
-auto with_python_errors(F&& f) {
-  try {
-    return f();
-  } catch (const std::invalid_argument& e) {
-    TORCH_CHECK_VALUE(false, e.what());
-  } catch (const std::bad_alloc&) {
-    TORCH_CHECK_WITH(OutOfMemoryError, false, "There is not enough memory for the states of a tile of images on every thread; use fewer threads or smaller batches.");
-  }
-}
+using namespace resens::cpu;  // check and its like
 
 // layout: int32, raw: the folded float32 parameters it points into -> uint8, what eval reads.
 at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string isa, bool rounded) {

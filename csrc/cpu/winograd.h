@@ -77,8 +77,9 @@ RESENS_INLINE void output_line(const V* m, V* y) {
 }
 
 // One 4x4 tile from m[e * plane + c] to `out`.
-template <int C, bool kResidual, bool kRelu, bool kScale>
-RESENS_INLINE void output_tile(const float* m, int64_t plane, float* out, const float* residual, int64_t pitch, int channels, V scale) {
+template <int C, bool kResidual, bool kRelu, bool kScale, bool kMask = false>
+RESENS_INLINE void output_tile(const float* m, int64_t plane, float* out, const float* residual, int64_t pitch, int channels, V scale,
+                               const uint8_t* mask = nullptr) {
   const int stride = C ? C : channels;
   const V a = all(kA), b = all(kB), two = all(2.0f);
   RESENS_ROLLED for (int c = 0; c < stride; c += W, m += W, out += W, residual += W) {
@@ -91,6 +92,7 @@ RESENS_INLINE void output_tile(const float* m, int64_t plane, float* out, const 
         if (kResidual) v = add(v, load(residual + i * pitch + j * stride));
         if (kRelu) v = relu(v);
         if (kScale) v = mul(v, scale);
+        if (kMask) v = keep(v, mask, i * pitch + j * stride + c);
         store(out + i * pitch + j * stride, v);
       }
     };
@@ -113,8 +115,8 @@ RESENS_INLINE void output_tile(const float* m, int64_t plane, float* out, const 
 }
 
 // A tile that hangs over the border: transformed aside, then only its pixels inside the image are finished.
-RESENS_INLINE void output_border_tile(const ConvCall& call, const float* m, int64_t plane, float* out, const float* residual, int rows,
-                                      int columns) {
+RESENS_INLINE void output_border_tile(const ConvCall& call, const float* m, int64_t plane, float* out, const float* residual, const uint8_t* mask,
+                                      int rows, int columns) {
   alignas(64) float aside[16 * W];
   const V scale = all(call.out_scale);
   for (int c = 0; c < call.out_stride; c += W) {
@@ -126,6 +128,7 @@ RESENS_INLINE void output_border_tile(const ConvCall& call, const float* m, int6
         if (call.residual) v = add(v, load(residual + at));
         if (call.relu) v = relu(v);
         if (call.out_scale != 1.0f) v = mul(v, scale);
+        if (mask) v = keep(v, mask, at);
         store(out + at, v);
       }
     }
@@ -326,9 +329,13 @@ static void winograd(const ConvCall& call) {
       const float* mt = m + static_cast<int64_t>(t) * co;
       float* out = call.out + at;
       const float* residual = call.residual ? call.residual + at : out;
+      const uint8_t* mask = call.mask ? call.mask + at / 8 : nullptr;
       const int rows = call.height - ty * 4, columns = call.width - tx * 4;
       if (rows < 4 || columns < 4) {
-        output_border_tile(call, mt, plane_m, out, residual, rows < 4 ? rows : 4, columns < 4 ? columns : 4);
+        output_border_tile(call, mt, plane_m, out, residual, mask, rows < 4 ? rows : 4, columns < 4 ? columns : 4);
+      } else if (mask) {
+        if (scaled) output_tile<CO, false, false, true, true>(mt, plane_m, out, residual, call.out_pitch, co, scale, mask);
+        else output_tile<CO, false, false, false, true>(mt, plane_m, out, residual, call.out_pitch, co, scale, mask);
       } else if (call.residual) {
         if (call.relu) output_tile<CO, true, true, false>(mt, plane_m, out, residual, call.out_pitch, co, scale);
         else output_tile<CO, true, false, false>(mt, plane_m, out, residual, call.out_pitch, co, scale);

@@ -6,6 +6,7 @@ bfloat16 means bf16 products with fp32 accumulation and fp32 activations. Thread
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -16,11 +17,13 @@ import torch
 
 from .. import extension
 from ..plan import HEAD, RUN
-from .base import Engine, Executor, Progress, Tally
+from .base import Engine, Executor, GradientExecutor, Progress, Tally
 from .ops import has_kernel
 from .packed import Packed, packed
 
 if TYPE_CHECKING:
+    from ..fused import FusedNetwork
+    from ..gradient_plan import GradientPlan
     from ..network import ResidualNetwork
     from ..plan import Plan
 
@@ -45,6 +48,22 @@ def chosen_isa() -> str:
     return os.environ.get("RESENS_FAST_ISA") or next(iter(isas()), "")
 
 
+def image_seconds(fused: FusedNetwork, tape: np.ndarray) -> float:
+    """Roughly, what the RUN instructions of a tape take for one image on one thread."""
+    costs = [
+        sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2] for b in fused.blocks
+    ]
+    tape = tape.reshape(-1, 2)
+    return float(np.asarray([*costs, 0.0])[tape[tape[:, 0] == RUN, 1]].sum()) / _RATE
+
+
+def images_per_call(seconds: float) -> int:
+    """How many images make a call of the length that suits a study, when one takes so long on one thread."""
+    threads = torch.get_num_threads()
+    images = int(_CALL_SECONDS * threads / max(seconds, 1e-9)) // (_TILE * threads) * _TILE * threads
+    return min(max(images, _TILE), _MOST_IMAGES)
+
+
 class Call:
     """One network's weights and one tape, ready for the op; `tile` images at a time (0: chosen)."""
 
@@ -57,12 +76,7 @@ class Call:
         self.tape = torch.from_numpy(np.ascontiguousarray(tape, dtype=np.int32).reshape(-1, 2))
         self.gates = torch.from_numpy(np.ascontiguousarray(gates, dtype=np.float32))
         self.tile = 0
-        costs = [
-            sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2]
-            for b in weights.fused.blocks
-        ]
-        runs = self.tape[self.tape[:, 0] == RUN, 1].numpy()
-        self.seconds = float(np.asarray([*costs, 0.0])[runs].sum()) / _RATE  # of one image on one thread, roughly
+        self.seconds = image_seconds(weights.fused, tape)
 
     def schedule(self, images: int, threads: int) -> tuple[int, int, int, list[float]]:
         """How so many images are cut: bytes of all threads together, images in a tile, tiles, and the multiply-adds
@@ -84,7 +98,7 @@ class Call:
         return counts, logits
 
 
-def _interruptible(call: Callable[[], Any], control: torch.Tensor, progress: Progress | None) -> Any:
+def interruptible(call: Callable[[], Any], control: torch.Tensor, progress: Progress | None) -> Any:
     """The result of `call`, made in a thread of its own, so that Ctrl-C and progress reach Python meanwhile."""
     result: list[Any] = []
     error: list[BaseException] = []
@@ -120,10 +134,8 @@ class CpuExecutor(Executor):
     def __init__(self, net: ResidualNetwork, plan: Plan, dtype: torch.dtype) -> None:
         tape = plan.tape()
         self.call = Call(packed(net), chosen_isa(), dtype == torch.bfloat16, tape.instructions, tape.gates, plan.words)
-        threads = torch.get_num_threads()
-        images = int(_CALL_SECONDS * threads / max(self.call.seconds, 1e-9)) // (_TILE * threads) * _TILE * threads
-        self.batch = min(max(images, _TILE), _MOST_IMAGES)
-        self.footprint = self.call.schedule(self.batch, threads)[0]
+        self.batch = images_per_call(self.call.seconds)
+        self.footprint = self.call.schedule(self.batch, torch.get_num_threads())[0]
 
     def _run(
         self, images: torch.Tensor, labels: torch.Tensor | None, progress: Progress | None
@@ -132,7 +144,7 @@ class CpuExecutor(Executor):
         images = images.detach().to("cpu", torch.float32).contiguous()
         if labels is not None:
             labels = labels.detach().to("cpu", torch.int64).contiguous()
-        return _interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]
+        return interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]
 
     def tally(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> Tally:
         if len(images) == 0:
@@ -165,6 +177,22 @@ class CpuEngine(Engine):
 
     def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
         return CpuExecutor(net, plan, dtype)
+
+    def refuses_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> str | None:
+        if dtype == torch.bfloat16:
+            return "its gradients are in float32 only, not in torch.bfloat16"
+        if at != "first_block":
+            return f"its gradients are those at first_block, not at {at}"
+        return self.refuses(net, device, dtype)
+
+    def prepare_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> GradientExecutor:
+        from .cpu_gradients import CpuGradients
+
+        return CpuGradients(net, plan)
 
 
 class FastForward:
@@ -212,4 +240,4 @@ class FastForward:
         call, control, images = self.call, torch.zeros(3, dtype=torch.int64), x.contiguous()
         if self.call.seconds * len(x) < 0.5:  # too short to be worth interrupting
             return call(images, None, control)[1][0]
-        return _interruptible(lambda: call(images, None, control)[1], control, None)[0]  # type: ignore[no-any-return]
+        return interruptible(lambda: call(images, None, control)[1], control, None)[0]  # type: ignore[no-any-return]

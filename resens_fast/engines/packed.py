@@ -58,6 +58,7 @@ class Packed:
         self.reason: str | None = None
         self.layout = self.raw = torch.empty(0)
         self._packed: dict[tuple[str, bool], torch.Tensor] = {}
+        self._transposed: dict[str, torch.Tensor] = {}
         try:
             self.fused: FusedNetwork | None = lower(net)
             self.layout, self.raw = describe(self.fused)
@@ -69,6 +70,12 @@ class Packed:
         if (isa, rounded) not in self._packed:
             self._packed[isa, rounded] = torch.ops.resens_fast.cpu_pack(self.layout, self.raw, isa, rounded)
         return self._packed[isa, rounded]
+
+    def transposed(self, isa: str) -> torch.Tensor:
+        """uint8, the float32 weights of the blocks' transposes, which only gradients need."""
+        if isa not in self._transposed:
+            self._transposed[isa] = torch.ops.resens_fast.cpu_pack_transposed(self.layout, self.raw, isa)
+        return self._transposed[isa]
 
 
 def packed(net: ResidualNetwork) -> Packed:
