@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from resens_fast.piece import Piece
+from resens_fast.piece import Piece, attribute
 from resens_fast.structure import Shape
 
 Gate = float | Tensor
@@ -72,6 +72,13 @@ class Block:
     def transform(self, p: Tensor) -> Tensor | None:
         """A highway block's transform gate t(p), None for every other kind."""
         return None if self.recipe.transform is None else self.recipe.transform(self.model, p)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the block's own operations use, each once."""
+        pieces = (self.recipe.prologue, self.recipe.branch, self.recipe.shortcut, self.recipe.closing)
+        names = sorted(frozenset().union(*(piece.model_parameters for piece in pieces)))
+        found = [attribute(self.model, name) for name in names]
+        return list({id(parameter): parameter for parameter in found}.values())
 
     def run(self, x: Tensor, gate: Gate = 1.0) -> Tensor:
         """The block's output for a state x [B, C, H, W], its branch scaled by `gate`; x is left as it was.

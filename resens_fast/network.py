@@ -154,12 +154,9 @@ class ResidualNetwork(nn.Module):
 
     def summary(self) -> str:
         """A table with one line per block: name, stage, kind, shapes and parameters."""
-        sizes = dict(self.model.named_parameters(remove_duplicate=False))
         rows = [("", "block", "stage", "kind", "shape", "parameters", "deleted")]
         for b in self.blocks:
-            r = b.recipe
-            names = frozenset().union(*(p.model_parameters for p in (r.prologue, r.branch, r.shortcut, r.closing)))
-            count = sum(tensor.numel() for tensor in {id(sizes[n]): sizes[n] for n in names}.values())
+            count = sum(parameter.numel() for parameter in b.parameters())
             shape = "x".join(map(str, b.shape_out))
             if b.is_transition:
                 shape = "x".join(map(str, b.shape_in)) + " -> " + shape

@@ -5,18 +5,32 @@ A new engine is one file with one `Engine` subclass, listed in `_REGISTRY` in or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..errors import EngineError
-from .base import LOSS_SCALE, Engine, Executor, Progress, Tally
+from .base import AT, LOSS_SCALE, Engine, Executor, GradientExecutor, Progress, Tally
 
 if TYPE_CHECKING:
     import torch  # only here: at run time ``engines.torch`` is the engine of that name
 
+    from ..gradient_plan import GradientPlan
     from ..network import ResidualNetwork
 
-__all__ = ["LOSS_SCALE", "Engine", "Executor", "Progress", "Tally", "choose", "get", "names"]
+__all__ = [
+    "AT",
+    "LOSS_SCALE",
+    "Engine",
+    "Executor",
+    "GradientExecutor",
+    "Progress",
+    "Tally",
+    "choose",
+    "choose_for_gradients",
+    "get",
+    "names",
+]
 
 # Fastest first; `auto` never takes the reference engine.
 _REGISTRY = {
@@ -51,9 +65,31 @@ def choose(
     A named engine is returned or refused with EngineError, which names the block it does not cover; nothing falls
     back in silence.
     """
+    return _choose(name, lambda engine: engine.refuses(net, device, dtype), net, size)
+
+
+def choose_for_gradients(
+    name: str,
+    net: ResidualNetwork,
+    plan: GradientPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    at: str,
+    size: tuple[int, ...] | None = None,
+) -> tuple[Engine, dict[str, str]]:
+    """The engine to take these paths' gradients ``at`` (one of ``AT``) with; otherwise as ``choose``."""
+    return _choose(name, lambda engine: engine.refuses_gradients(net, plan, device, dtype, at), net, size)
+
+
+_Refuses = Callable[[Engine], str | None]
+
+
+def _choose(
+    name: str, refuses: _Refuses, net: ResidualNetwork, size: tuple[int, ...] | None
+) -> tuple[Engine, dict[str, str]]:
     if name != "auto":
         engine = get(name)
-        reason = _reason(engine, net, device, dtype, size)
+        reason = _reason(engine, refuses, net, size)
         if reason:
             raise EngineError(f"the {name} engine cannot run this: {reason}")
         return engine, {}
@@ -62,17 +98,15 @@ def choose(
         if candidate == "reference":
             continue
         engine = get(candidate)
-        reason = _reason(engine, net, device, dtype, size) or engine.unproven
+        reason = _reason(engine, refuses, net, size) or engine.unproven
         if reason is None:
             return engine, passed
         passed[candidate] = reason
     raise EngineError("no engine can run this: " + "; ".join(f"{k}: {v}" for k, v in passed.items()))
 
 
-def _reason(
-    engine: Engine, net: ResidualNetwork, device: torch.device, dtype: torch.dtype, size: tuple[int, ...] | None
-) -> str | None:
-    reason = engine.missing() or engine.refuses(net, device, dtype)
+def _reason(engine: Engine, refuses: _Refuses, net: ResidualNetwork, size: tuple[int, ...] | None) -> str | None:
+    reason = engine.missing() or refuses(engine)
     if reason is not None or not engine.fused:
         return reason
     if size not in (None, tuple(net.input_shape)):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from ..gradient_plan import GradientPlan
     from ..network import ResidualNetwork
     from ..plan import Plan
 
@@ -89,6 +90,33 @@ class Executor(ABC):
         """Logits [W, B, K] of every word on the CPU, in the engine's own precision."""
 
 
+AT = ("first_block", "image", "parameters")
+"""Where a path's gradient can be taken: at the input of the first block, at the image, over the blocks' parameters."""
+
+
+class GradientExecutor(ABC):
+    """Paths made ready for the backward pass; ``batch`` is the number of images it likes to be given at once.
+
+    The loss is each image's own cross-entropy, so that the other images of a batch do not matter.
+    """
+
+    batch: int
+
+    @abstractmethod
+    def norms(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
+        """L2 norm of every word's gradient for each image, float64 [W, B] on the CPU; at ``parameters`` float64
+        [W, B, blocks], over the parameters of each block.
+
+        images [B, C, H, W] and labels int64 [B] on any device. A gradient that is not finite has a norm that is not.
+        """
+
+    @abstractmethod
+    def gradients(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
+        """Every word's gradient at the first block's input or the image, [W, B, C, H, W] on the CPU, in the engine's
+        own precision; there is none at ``parameters``.
+        """
+
+
 class Engine(ABC):
     """One way to execute plans."""
 
@@ -118,3 +146,15 @@ class Engine(ABC):
     @abstractmethod
     def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
         """Make the plan ready to run on images."""
+
+    def refuses_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> str | None:
+        """Why the engine cannot follow these paths backward to ``at`` (one of ``AT``), naming the block; or None."""
+        return "it has no gradients"
+
+    def prepare_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> GradientExecutor:
+        """Make the paths ready to run on images; only after ``refuses_gradients`` said None."""
+        raise NotImplementedError(f"the {self.name} engine has no gradients")

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..plan import HEAD, RESTORE, RUN, SAVE, SHORTCUT
-from .base import Engine, Executor, Progress, Tally, count, replica
+from .base import Engine, Executor, GradientExecutor, Progress, Tally, count, replica
+from .torch_gradients import TorchGradients, shared_parameter
 
 if TYPE_CHECKING:
+    from ..gradient_plan import GradientPlan
     from ..network import ResidualNetwork
     from ..plan import Plan
 
@@ -78,3 +80,13 @@ class TorchEngine(Engine):
 
     def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
         return TorchExecutor(net, plan, device, dtype)
+
+    def refuses_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> str | None:
+        return self.refuses(net, device, dtype) or (shared_parameter(net) if at == "parameters" else None)
+
+    def prepare_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> GradientExecutor:
+        return TorchGradients(net, plan, device, dtype, at)
