@@ -289,6 +289,19 @@ def train(
         str, typer.Option("--dtype", metavar="NAME", help="auto, float32 or bfloat16 (autocast).")
     ] = "auto",
     seed: Seed = 0,
+    sample_blocks: Annotated[
+        int | None,
+        typer.Option("--sample-blocks", metavar="K", help="Every batch runs K random blocks.", show_default=False),
+    ] = None,
+    stochastic_depth: Annotated[
+        float | None,
+        typer.Option(
+            "--stochastic-depth",
+            metavar="P",
+            help="Blocks run at random, the last one with probability P, those before it linearly more often.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
     limit_images: Annotated[
         int | None,
@@ -306,7 +319,9 @@ def train(
     from .commands import train as training
 
     set_threads(threads)
-    options = training.Options(epochs, batch, learning_rate, weight_decay, crop, flip, dtype, seed)
+    options = training.Options(
+        epochs, batch, learning_rate, weight_decay, crop, flip, dtype, seed, sample_blocks, stochastic_depth
+    )
     training.train(ctx.ensure_object(State), model, data, out, options, resume, device, limit_images)
 
 
