@@ -173,9 +173,9 @@ def run_alone() -> Result:
         alone = executor(whole, plan(structure, one), torch.float16).logits(images[2:])
         if not torch.equal(alone[0], crowd[c, 2:]):
             return {"failure": f"configuration {c} alone differs by {(alone[0] - crowd[c, 2:]).abs().max()}"}
-    from resens_fast.engines import triton as engine
+    from resens_fast.engines import triton_memory as memory
 
-    engine._BUFFERS, engine._SCRATCH_BYTES, engine._BATCH = made.least_budget, 1, (2, 2)
+    memory.BUFFERS, memory.SCRATCH_BYTES, memory.BATCH = made.least_budget, 1, (2, 2)
     tight = executor(whole, made, torch.float16)
     if tight.prepared.schedule.buffers != made.least_budget or tight.batch != 2:
         return {"failure": f"{tight.prepared.schedule.buffers} buffers of {tight.batch} images were used"}
@@ -313,7 +313,9 @@ def cases() -> dict[str, Any]:
             table[f"{name}-{dtype}"] = lambda n=name, d=dtype: run_network(n, DTYPES[d])
     table["post-pad-10-17-bfloat16"] = lambda: run_network("post-pad-10-17", torch.bfloat16)
     table |= {"alone": run_alone, "sizes": run_sizes, "head": run_head}
-    return table | {"property": run_property, "tune": run_tune}
+    from tests import triton_gradients
+
+    return table | {"property": run_property, "tune": run_tune} | triton_gradients.cases()
 
 
 def without_overflow_checks() -> None:
@@ -342,4 +344,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(cases()))
+    from tests import triton_cases  # what the other files import: one module, not two
+
+    triton_cases.main(sys.argv[1:] or list(cases()))

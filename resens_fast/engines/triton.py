@@ -1,11 +1,7 @@
 """The plan's levels in Triton: one launch advances every configuration that is alive, for all images.
 
 It serves where the compiled CUDA engine is not: in an installation without nvcc, and on other cards. The kernels and
-their launches are in `resens_fast.kernels`; here are the memory and the order.
-
-Memory: half of what the card has free, most of it for state buffers. A buffer is the state of one configuration for one
-batch of images. The more buffers, the more configurations a level holds and the fewer launches a sweep takes; the plan
-says how many it needs at least.
+their launches are in `resens_fast.kernels`, the memory in triton_memory.py, the way back in triton_gradients.py.
 
 Under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported) the same kernels run on the CPU, thousands of
 times slower: that is how they are tested on a machine without a GPU.
@@ -22,11 +18,12 @@ import torch
 
 from ..errors import NotCovered
 from ..plan import HEAD, RUN
-from .base import Engine, Executor, Progress, Tally
+from .base import Engine, Executor, GradientExecutor, Progress, Tally
 from .triton_memory import SEGMENT, Replay, interpreting, on_device, scaled
 
 if TYPE_CHECKING:
     from ..fused import FusedNetwork
+    from ..gradient_plan import GradientPlan
     from ..kernels.schedule import Launch
     from ..network import ResidualNetwork
     from ..plan import Plan
@@ -143,3 +140,19 @@ class TritonEngine(Engine):
         from ..lower import lower
 
         return TritonExecutor(lower(net), plan, device, dtype)
+
+    def refuses_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> str | None:
+        from ..lower import lower
+        from .triton_gradients import refusal
+
+        return self.refuses(net, device, dtype) or refusal(lower(net), dtype, at)
+
+    def prepare_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> GradientExecutor:
+        from ..lower import lower
+        from .triton_gradients import TritonGradientExecutor
+
+        return TritonGradientExecutor(lower(net), plan, device, dtype)
