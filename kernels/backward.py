@@ -15,13 +15,16 @@ from torch import Tensor
 from ..plan import HEAD, RUN, Levels
 from . import launch, tiles
 from .loss import loss_gradient, square_norms
-from .pack import BlockShape, Group, Head, Packed, width
+from .pack import BlockShape, ConvShape, Group, Head, Packed, width
 from .schedule import Launch, Schedule, schedule
 from .signs import signs
 from .transpose import conv_transpose, shortcut_transpose
+from .weights import weight_gradient
 
 BLOCK = 256
 """Words of 16 elements that a program of `signs` takes; of 4 elements for `square_norms`."""
+CHUNKS, PROGRAMS = 8, 1024
+"""Programs of `weight_gradient`: about so many, but none with fewer than so many chunks of pixels to add up."""
 
 
 @dataclass(frozen=True)
@@ -232,18 +235,35 @@ def run(packed: Packed, memory: launch.Memory, steps: Schedule, trail: Trail, ea
         source = target
 
 
-def skip(packed: Packed, memory: launch.Memory, steps: Schedule, trail: Trail, each: Launch, images: int) -> None:
-    """SHORTCUT: the transposes of the shortcuts of one launch's unchosen blocks."""
-    group, states = packed.groups[each.group], memory.states
-    constants = skip_constants(group.shape, packed.dtype)
-    tile = tiles.default(constants["CHANNELS"], packed.dtype, 80)
-    grid = (each.count * launch.cdiv(images * constants["H"] * constants["W"], tile.block_m),
+def launch_shortcut_transpose(
+    states: Tensor,
+    steps: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bits: tuple[Tensor, Tensor],
+    constants: dict[str, Any],
+    first: int,
+    count: int,
+    images: int,
+) -> None:
+    """The transposed shortcuts of `count` steps between the rows of states [buffers, elements]."""
+    tile = tiles.default(constants["CHANNELS"], states.dtype, 80)
+    grid = (count * launch.cdiv(images * constants["H"] * constants["W"], tile.block_m),
             launch.cdiv(constants["C"], tile.block_n))  # fmt: skip
-    bits = (trail.relus[each.group][0], trail.closed[each.group])
     shortcut_transpose[grid](
-        states, steps.steps, group.projection.weight, group.scale, *bits, each.first, images, states.stride(0),
+        states, steps, weight, scale, *bits, first, images, states.stride(0),
         max(each.stride(0) for each in bits), **constants,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages, **launch.OPTIONS,
+    )  # fmt: skip
+
+
+def skip(packed: Packed, memory: launch.Memory, steps: Schedule, trail: Trail, each: Launch, images: int) -> None:
+    """SHORTCUT: the transposes of the shortcuts of one launch's unchosen blocks."""
+    group = packed.groups[each.group]
+    launch_shortcut_transpose(
+        memory.states, steps.steps, group.projection.weight, group.scale,
+        (trail.relus[each.group][0], trail.closed[each.group]),
+        skip_constants(group.shape, packed.dtype), each.first, each.count, images,
     )  # fmt: skip
 
 
@@ -253,3 +273,44 @@ def norms(memory: launch.Memory, steps: Schedule, found: Tensor, each: Launch, i
         memory.states, found, steps.steps, each.first, images, memory.states.stride(0),
         ELEMENTS=elements, BLOCK=4 * BLOCK, **launch.OPTIONS,
     )  # fmt: skip
+
+
+def weight_constants(conv: ConvShape, prologue: bool, pool: int, dtype: torch.dtype) -> dict[str, Any]:
+    c, n = width(conv.c), width(conv.n)
+    return {
+        "C": c,
+        "N": n,
+        "H": conv.height * max(1, pool),
+        "W": conv.width * max(1, pool),
+        "HEIGHT": conv.out[0],
+        "WIDTH": conv.out[1],
+        "KERNEL": conv.kernel,
+        "STRIDE": conv.stride,
+        "PADDING": conv.padding,
+        "POOL": pool,
+        "PROLOGUE": prologue,
+        "BLOCK_C": min(c & -c, 64),
+        "BLOCK_N": min(n & -n, 64),
+        "BLOCK_P": 64 if dtype.itemsize == 2 else 32,
+        "PRECISION": launch.precision(dtype),
+    }
+
+
+def launch_weight_gradient(
+    x: Tensor, g: Tensor, conv: ConvShape, scale: Tensor | None, shift: Tensor | None, pool: int
+) -> Tensor:
+    """float32 [n, c, kernel, kernel] of a convolution that read x [images, H, W, C], behind scale, shift and ReLU if
+    they are given and the average of pool x pool pixels if there is one; g [images, y, x, N] is its output's gradient.
+    """
+    constants = weight_constants(conv, scale is not None, pool, x.dtype) | {"H": x.shape[1], "W": x.shape[2]}
+    c, n = constants["C"], constants["N"]
+    grid = (conv.kernel**2 * (c // constants["BLOCK_C"]), n // constants["BLOCK_N"])
+    total = launch.cdiv(len(x) * conv.out[0] * conv.out[1], constants["BLOCK_P"])
+    splits = max(1, min(total // CHUNKS, PROGRAMS // (grid[0] * grid[1])))
+    out = torch.empty(splits, conv.kernel**2, c, n, device=x.device)
+    weight_gradient[(*grid, splits)](
+        x, g, out, x if scale is None else scale, x if shift is None else shift, len(x), launch.cdiv(total, splits),
+        **constants, **launch.OPTIONS,
+    )  # fmt: skip
+    taps = out.sum(0)[:, : conv.c, : conv.n]
+    return taps.permute(2, 1, 0).reshape(conv.n, conv.c, conv.kernel, conv.kernel)
