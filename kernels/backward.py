@@ -313,4 +313,4 @@ def launch_weight_gradient(
         **constants, **launch.OPTIONS,
     )  # fmt: skip
     taps = out.sum(0)[:, : conv.c, : conv.n]
-    return taps.permute(2, 1, 0).reshape(conv.n, conv.c, conv.kernel, conv.kernel)
+    return taps.permute(2, 1, 0).contiguous().view(conv.n, conv.c, conv.kernel, conv.kernel)

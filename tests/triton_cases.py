@@ -313,9 +313,10 @@ def cases() -> dict[str, Any]:
             table[f"{name}-{dtype}"] = lambda n=name, d=dtype: run_network(n, DTYPES[d])
     table["post-pad-10-17-bfloat16"] = lambda: run_network("post-pad-10-17", torch.bfloat16)
     table |= {"alone": run_alone, "sizes": run_sizes, "head": run_head}
-    from tests import triton_gradients
+    from tests import triton_blocks, triton_gradients
 
-    return table | {"property": run_property, "tune": run_tune} | triton_gradients.cases()
+    table |= {"property": run_property, "tune": run_tune}
+    return table | triton_gradients.cases() | triton_blocks.cases()
 
 
 def without_overflow_checks() -> None:
