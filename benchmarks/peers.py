@@ -70,7 +70,8 @@ def autocast_intact(net: rf.ResidualNetwork, sweep: Sequence[rf.Configuration], 
     return run
 
 
-def _compiled(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def compiled(module: nn.Module) -> nn.Module:
+    """torch.compile with the parameters frozen, which it does where no gradient can be asked for."""
     import torch._dynamo
     import torch._inductor.config
 
@@ -84,11 +85,11 @@ def _compiled(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def compile(net: rf.ResidualNetwork, sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
     twin = _twin(net, dtype)
-    return _loop(twin, [_compiled(twin.model.get_submodule(b.name)) for b in twin.blocks], sweep, dtype)
+    return _loop(twin, [compiled(twin.model.get_submodule(b.name)) for b in twin.blocks], sweep, dtype)
 
 
 def compile_intact(net: rf.ResidualNetwork, sweep: Sequence[rf.Configuration], dtype: torch.dtype) -> Run:
-    model = _compiled(_twin(net, dtype).model)
+    model = compiled(_twin(net, dtype).model)
     return torch.inference_mode()(lambda x: model(x.to(dtype, memory_format=torch.channels_last)).float()[None])
 
 

@@ -51,7 +51,7 @@ class ResidualNetwork(nn.Module):
     blocks: tuple[Block, ...]
     structure: Structure
     input_shape: Shape
-    # A fused engine for intact forwards in eval under inference_mode hooks in here; it returns None to decline.
+    # A fused engine for intact forwards in eval without gradients hooks in here; it returns None to decline.
     fast_forward: Callable[[Tensor], Tensor | None] | None
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -108,7 +108,7 @@ class ResidualNetwork(nn.Module):
             ) from error
 
     def _intact(self, x: Tensor) -> Tensor:
-        if self.fast_forward is not None and not self.training and torch.is_inference_mode_enabled():
+        if self.fast_forward is not None and not self.training and not torch.is_grad_enabled():
             fast = self.fast_forward(x)
             if fast is not None:
                 return fast

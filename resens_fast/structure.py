@@ -46,6 +46,11 @@ class Structure:
         return same and not self.transitions[i] and not self.transitions[j]
 
     @property
+    def choosable(self) -> tuple[bool, ...]:
+        """Whether a path may go through the block's branch or around it; every path enters the others."""
+        return tuple(a and b for a, b in zip(self.deletable, self.gateable, strict=True))
+
+    @property
     def digest(self) -> str:
         """The sha256 of everything above: two networks with the same digest accept the same sweeps."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)

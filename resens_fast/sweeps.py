@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations
+from math import comb
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     Network: TypeAlias = ResidualNetwork | Structure
 
-_DELETE_STREAM, _SWAP_STREAM = 0, 1
+_DELETE_STREAM, _SWAP_STREAM, _PATH_STREAM = 0, 1, 2
 
 
 def _structure(net: Network) -> Structure:
@@ -143,6 +144,40 @@ def swap_random(net: Network, k: int | Iterable[int], samples: int = 50, seed: i
             for p, q in choices[picks]:
                 order[p], order[q] = order[q], order[p]
     return _build(structure, orders, np.ones(orders.shape), "swap", np.repeat(ks, samples))
+
+
+def paths(net: Network, lengths: int | Iterable[int] | None = None, samples: int = 100, seed: int = 0) -> Sweep:
+    """Paths that enter ``k`` blocks drawn uniformly, ``samples`` times for each length k (figure 6b); k counts entered
+    blocks, whose gate is 1.
+
+    A length that has no more than ``samples`` paths takes every one of them once, so that its mean is exact. lengths:
+    all of them, 0 included, when None. Blocks without a shortcut belong to every path and do not count. Raises
+    SweepError for a length that the network does not have.
+    """
+    structure = _structure(net)
+    candidates = np.flatnonzero(structure.choosable)
+    n = len(candidates)
+    if n == 0:
+        raise SweepError("no block of this network has a shortcut, so only one path leads through it")
+    ks = _counts(range(n + 1) if lengths is None else lengths, "lengths")
+    samples, seed = _positive(samples, "samples"), _seed(seed)
+    rows: list[NDArray[np.int64]] = []
+    for count in ks:
+        if count > n:
+            raise SweepError(f"there is no path of length {count}: {n} blocks can be entered; give 0 to {n}")
+        if comb(n, count) <= samples:
+            chosen = np.array(list(combinations(range(n), count)), dtype=np.int64)
+        else:
+            draws = np.random.RandomState([seed, _PATH_STREAM, count]).random_sample((samples, n))
+            chosen = draws.argsort(axis=1, kind="stable")[:, :count]
+        rows.append(chosen.reshape(len(chosen), count))
+    gates = np.ones((sum(map(len, rows)), len(structure)), dtype=np.float32)
+    gates[:, candidates] = 0
+    begin = 0
+    for chosen in rows:
+        gates[np.arange(begin, begin + len(chosen))[:, None], candidates[chosen]] = 1
+        begin += len(chosen)
+    return _build(structure, _identity(structure, begin), gates, "path", np.repeat(ks, [len(c) for c in rows]))
 
 
 def from_masks(net: Network, masks: ArrayLike) -> Sweep:

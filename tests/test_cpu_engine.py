@@ -190,12 +190,14 @@ def test_the_drop_in_forward() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 net(x)
         assert calls == [True, True, False, True, False, "hook", True, False]
-        with torch.no_grad():
-            assert torch.equal(net(x), expected)  # only inference mode asks for speed
+        with torch.no_grad():  # what most evaluation loops say
+            assert torch.equal(net(x), fast)
+            net(x).add_(1)  # an ordinary tensor, not an inference tensor
+        assert torch.equal(net(x), expected)  # a gradient could be asked for: the model itself
         net.train()
         with torch.inference_mode():
             net(x)
-        assert len(calls) == 8
+        assert len(calls) == 10
 
 
 def test_progress_adds_up_to_one(net: rf.ResidualNetwork, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -357,10 +357,12 @@ def test_works_under_inference_mode_and_in_half() -> None:
     assert half(images().bfloat16(), Variant(STRAIGHT, (0.5, *ONES[1:]))).dtype == torch.bfloat16
 
 
-def test_fast_forward_only_in_eval_under_inference_mode() -> None:
+def test_fast_forward_only_in_eval_without_gradients() -> None:
     net = rf.wrap(make(), EXAMPLE)
     net.fast_forward = lambda x: torch.zeros(x.shape[0], 10)
     assert net(images()).abs().sum() > 0
+    with torch.no_grad():
+        assert net(images()).abs().sum() == 0
     with torch.inference_mode():
         assert net(images()).abs().sum() == 0
         assert net(images(), Variant(STRAIGHT, ONES)).abs().sum() > 0

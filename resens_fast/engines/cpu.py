@@ -207,6 +207,7 @@ class FastForward:
         if (
             torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
             or type(x) not in (torch.Tensor, torch.nn.Parameter)
         ):
             return None
