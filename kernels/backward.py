@@ -35,9 +35,9 @@ class Trail:
     forward: Schedule
     """One step for each block, between the buffers 0 and 1, and the head."""
     relus: tuple[tuple[Tensor, ...], ...]
-    """For each group and convolution: int16 [slots, words], the bits of the ReLU that feeds it, the prologue's first."""
+    """For each group and convolution: int16 [slots, words], the ReLU that feeds it, beginning with the prologue."""
     closed: tuple[Tensor, ...]
-    """For each group: int16 [slots, words], the bits of the ReLU that closed the block before; all ones at the first."""
+    """For each group: int16 [slots, words], the ReLU that closed the block before; all ones at the first block."""
     logits: Tensor
     """float32 [batch * classes]"""
 
@@ -304,11 +304,12 @@ def launch_weight_gradient(
     """
     constants = weight_constants(conv, scale is not None, pool, x.dtype) | {"H": x.shape[1], "W": x.shape[2]}
     c, n = constants["C"], constants["N"]
-    grid = (conv.kernel**2 * (c // constants["BLOCK_C"]), n // constants["BLOCK_N"])
+    rows, columns = conv.kernel**2 * (c // constants["BLOCK_C"]), n // constants["BLOCK_N"]
     total = launch.cdiv(len(x) * conv.out[0] * conv.out[1], constants["BLOCK_P"])
-    splits = max(1, min(total // CHUNKS, PROGRAMS // (grid[0] * grid[1])))
+    splits = max(1, min(total // CHUNKS, PROGRAMS // (rows * columns)))
+    grid = (rows, columns, splits)
     out = torch.empty(splits, conv.kernel**2, c, n, device=x.device)
-    weight_gradient[(*grid, splits)](
+    weight_gradient[grid](
         x, g, out, x if scale is None else scale, x if shift is None else shift, len(x), launch.cdiv(total, splits),
         **constants, **launch.OPTIONS,
     )  # fmt: skip

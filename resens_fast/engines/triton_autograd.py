@@ -81,8 +81,8 @@ def _check(net: ResidualNetwork, x: Tensor, mask: Tensor) -> None:
     for name, module in net.model.named_modules():
         if module.training:
             raise EngineError(
-                f"the triton engine folds batch norms, which {name or 'the model'} in training mode does not allow; call "
-                "eval() first, or leave the engine out"
+                f"the triton engine folds batch norms, but {name or 'the model'} is in training mode; call eval() "
+                "first, or leave the engine out"
             )
         if module._forward_hooks or module._forward_pre_hooks:
             raise EngineError(f"module {name or 'model'!r} has a forward hook, which folded parameters would pass by")

@@ -1,4 +1,4 @@
-"""Gradients along paths in Triton: the intact forward once for a batch, then all paths level by level from the loss end.
+"""Gradients along paths in Triton: the intact forward once for a batch, then all paths, level by level from the loss.
 
 The forward leaves the sign bits of every ReLU (kernels/signs.py); the levels of the gradient plan then bring the loss's
 gradient back to the first block, for every path that is alive in one launch (kernels/transpose.py). Many levels are
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import EngineError
 from ..plan import HEAD, RUN
 from .base import GradientExecutor, Progress
 from .triton_memory import SEGMENT, Replay, on_device, scaled
@@ -92,6 +93,11 @@ class _Prepared(Replay):
         """Every level for at most `batch` images: norms into `squares`, or gradients into out [W, B, C, H, W]."""
         from ..kernels import launch as kernels
 
+        if tuple(images.shape[1:]) != self.packed.input_shape:
+            raise EngineError(
+                f"these paths were prepared for images {self.packed.input_shape}, not {tuple(images.shape[1:])}; wrap "
+                "the network with such an example"
+            )
         self.memory.labels[: len(images)] = labels.to(self.memory.labels.device)
         kernels.stem(self.packed, self.memory, images)
         self.gradients = out
