@@ -136,6 +136,20 @@ def triton_values(dtype: torch.dtype) -> dict[str, float]:
     return kernels.values(dtype)
 
 
+def triton_gradients(dtype: torch.dtype) -> dict[str, float]:
+    need_gpu()
+    from resens_fast.kernels import check as kernels
+
+    return kernels.gradients(dtype)
+
+
+def triton_masked() -> float:
+    need_gpu()
+    from resens_fast.kernels import check as kernels
+
+    return kernels.masked()
+
+
 def timings(check: Check) -> None:
     """The rows of the table."""
     import resens_fast as rf
@@ -245,6 +259,18 @@ def timings(check: Check) -> None:
     for name, sweep, _, _ in rows[:2]:
         check.section(f"{name} (triton)", lambda n=name, s=sweep: triton(n, s), 60)  # type: ignore[misc]
 
+    def paths() -> str:
+        need_gpu()
+        from resens_fast.kernels import check as kernels
+
+        net = network(110)
+        drawn = rf.sweeps.paths(net, range(1, 55), samples=4, seed=0)
+        found = kernels.path_rate(net, drawn, dtype)
+        work = FLOPS_PER_BLOCK * found["runs"] / len(drawn)
+        return check.row("gradients along 216 paths (triton)", found["rate"], "images x paths/s", work)
+
+    check.section("path gradients (triton)", paths, 60)
+
 
 def table(check: Check) -> str:
     lines = [
@@ -280,6 +306,10 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = f"triton values, {str(dtype).removeprefix('torch.')}"
         check.section(name, lambda d=dtype: triton_values(d), 60)  # type: ignore[misc]
+    for dtype in (torch.bfloat16, torch.float32):
+        name = f"triton path gradients, {str(dtype).removeprefix('torch.')}"
+        check.section(name, lambda d=dtype: triton_gradients(d), 60)  # type: ignore[misc]
+    check.section("triton masked gradients", triton_masked, 30)
     check.section("CUDA graph", check_graph, 10)
     check.section("operators", check_operators, 20)
     for tool in ("memcheck", "racecheck"):

@@ -23,8 +23,8 @@ from .weights import weight_gradient
 
 BLOCK = 256
 """Words of 16 elements that a program of `signs` takes; of 4 elements for `square_norms`."""
-CHUNKS, PROGRAMS = 8, 1024
-"""Programs of `weight_gradient`: about so many, but none with fewer than so many chunks of pixels to add up."""
+CHUNKS, PROGRAMS = (8, 256), 512
+"""How many chunks of pixels a program of `weight_gradient` adds up: so few that there are so many programs."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,11 @@ def skip_constants(block: BlockShape, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def skip_tile(channels: int, dtype: torch.dtype) -> tiles.Tile:
+    """Of `shortcut_transpose`: half as many pixels as a convolution's, with which it spilled on sm_100."""
+    return replace(tiles.default(channels, dtype, 80), block_m=64, warps=4)
+
+
 def loss_constants(head: Head, closed: bool) -> dict[str, Any]:
     return {
         "C": width(head.channels),
@@ -247,7 +252,7 @@ def launch_shortcut_transpose(
     images: int,
 ) -> None:
     """The transposed shortcuts of `count` steps between the rows of states [buffers, elements]."""
-    tile = tiles.default(constants["CHANNELS"], states.dtype, 80)
+    tile = skip_tile(constants["CHANNELS"], states.dtype)
     grid = (count * launch.cdiv(images * constants["H"] * constants["W"], tile.block_m),
             launch.cdiv(constants["C"], tile.block_n))  # fmt: skip
     shortcut_transpose[grid](
@@ -275,8 +280,12 @@ def norms(memory: launch.Memory, steps: Schedule, found: Tensor, each: Launch, i
     )  # fmt: skip
 
 
-def weight_constants(conv: ConvShape, prologue: bool, pool: int, dtype: torch.dtype) -> dict[str, Any]:
+def weight_constants(conv: ConvShape, prologue: bool, pool: int, dtype: torch.dtype, images: int) -> dict[str, Any]:
     c, n = width(conv.c), width(conv.n)
+    block_c, block_n, block_p = min(c & -c, 64), min(n & -n, 64), 64 if dtype.itemsize == 2 else 32
+    tiles_of_weights = conv.kernel**2 * (c // block_c) * (n // block_n)
+    wanted = launch.cdiv(images * conv.out[0] * conv.out[1], block_p) * tiles_of_weights // PROGRAMS
+    least, most = CHUNKS
     return {
         "C": c,
         "N": n,
@@ -289,9 +298,11 @@ def weight_constants(conv: ConvShape, prologue: bool, pool: int, dtype: torch.dt
         "PADDING": conv.padding,
         "POOL": pool,
         "PROLOGUE": prologue,
-        "BLOCK_C": min(c & -c, 64),
-        "BLOCK_N": min(n & -n, 64),
-        "BLOCK_P": 64 if dtype.itemsize == 2 else 32,
+        "BLOCK_C": block_c,
+        "BLOCK_N": block_n,
+        "BLOCK_P": block_p,
+        # A power of two, so that few batch sizes are compiled anew.
+        "CHUNKS": min(most, max(least, launch.power_of_two(wanted + 1) // 2)),
         "PRECISION": launch.precision(dtype),
     }
 
@@ -302,15 +313,14 @@ def launch_weight_gradient(
     """float32 [n, c, kernel, kernel] of a convolution that read x [images, H, W, C], behind scale, shift and ReLU if
     they are given and the average of pool x pool pixels if there is one; g [images, y, x, N] is its output's gradient.
     """
-    constants = weight_constants(conv, scale is not None, pool, x.dtype) | {"H": x.shape[1], "W": x.shape[2]}
+    constants = weight_constants(conv, scale is not None, pool, x.dtype, len(x)) | {"H": x.shape[1], "W": x.shape[2]}
     c, n = constants["C"], constants["N"]
     rows, columns = conv.kernel**2 * (c // constants["BLOCK_C"]), n // constants["BLOCK_N"]
-    total = launch.cdiv(len(x) * conv.out[0] * conv.out[1], constants["BLOCK_P"])
-    splits = max(1, min(total // CHUNKS, PROGRAMS // (rows * columns)))
+    splits = launch.cdiv(len(x) * conv.out[0] * conv.out[1], constants["BLOCK_P"] * constants["CHUNKS"])
     grid = (rows, columns, splits)
     out = torch.empty(splits, conv.kernel**2, c, n, device=x.device)
     weight_gradient[grid](
-        x, g, out, x if scale is None else scale, x if shift is None else shift, len(x), launch.cdiv(total, splits),
+        x, g, out, x if scale is None else scale, x if shift is None else shift, len(x),
         **constants, **launch.OPTIONS,
     )  # fmt: skip
     taps = out.sum(0)[:, : conv.c, : conv.n]

@@ -112,10 +112,10 @@ def of_block(name: str, shape: BlockShape, dtype: torch.dtype, capability: int) 
         yield Specialisation(
             f"{name} conv{index + 1} transpose", backward.conv_transpose, constants | sizes, dtype, tile
         )
-        constants = backward.weight_constants(each, index == 0 and shape.prologue, 0, dtype)
+        constants = backward.weight_constants(each, index == 0 and shape.prologue, 0, dtype, 128)
         yield Specialisation(f"{name} conv{index + 1} weights", backward.weight_gradient, constants, dtype, PLAIN)
     if shape.shortcut.kind != KINDS["identity"] or shape.closing:
-        tile = tiles.default(shape.shape_in[0], dtype, 80)
+        tile = backward.skip_tile(shape.shape_in[0], dtype)
         constants = backward.skip_constants(shape, dtype) | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         yield Specialisation(f"{name} shortcut transpose", backward.shortcut_transpose, constants, dtype, tile)
 

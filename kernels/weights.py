@@ -10,10 +10,10 @@ A matrix product whose depth is the pixels of the whole batch and whose result i
 what there is to share out.
 
 How work maps to programs: axis 0 is (tap, tile of BLOCK_C input channels), axis 1 the tile of BLOCK_N output channels,
-axis 2 one of `splits` ranges of pixels. Each program walks over its pixels BLOCK_P at a time, multiplies
-[BLOCK_C, BLOCK_P] with [BLOCK_P, BLOCK_N] and keeps its sum in registers, fp32. The ranges' sums are stored side by
-side and added up by the caller: no atomics, so a batch's gradient is the same every time (of another batch, of course,
-it is another sum).
+axis 2 one of `splits` ranges of CHUNKS * BLOCK_P pixels. Each program walks over its pixels BLOCK_P at a time,
+multiplies [BLOCK_C, BLOCK_P] with [BLOCK_P, BLOCK_N] and keeps its sum in registers, fp32. The ranges' sums are stored
+side by side and added up by the caller: no atomics, so a batch's gradient is the same every time (of another batch, of
+course, it is another sum).
 
 Memory traffic: input and output gradient are read once for each tap and opposite tile, mostly from L2; a tile of all
 nine taps would need nine accumulators and spill.
@@ -29,7 +29,7 @@ import triton.language as tl
 from .product import dot, read_pooled
 
 
-@triton.jit(do_not_specialize=["images", "chunks"])
+@triton.jit(do_not_specialize=["images"])
 def weight_gradient(
     in_ptr,  # [images, H, W, C]
     g_ptr,  # [images, HEIGHT, WIDTH, N]
@@ -37,7 +37,6 @@ def weight_gradient(
     scale_ptr,  # fp32 [C]
     shift_ptr,  # fp32 [C]
     images,
-    chunks,  # of BLOCK_P pixels for each split
     C: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
@@ -52,6 +51,7 @@ def weight_gradient(
     BLOCK_C: tl.constexpr,  # divides C
     BLOCK_N: tl.constexpr,  # divides N
     BLOCK_P: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_P pixels for each split
     PRECISION: tl.constexpr,
 ):
     tap = tl.program_id(0) // (C // BLOCK_C)
@@ -59,8 +59,8 @@ def weight_gradient(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     acc = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for i in range(chunks):
-        index = (split * chunks + i) * BLOCK_P + tl.arange(0, BLOCK_P)
+    for i in range(CHUNKS):
+        index = (split * CHUNKS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = index < images * (HEIGHT * WIDTH)
         pixel = index % (HEIGHT * WIDTH)
         y = pixel // WIDTH * STRIDE - PADDING + tap // KERNEL

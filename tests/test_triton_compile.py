@@ -41,6 +41,7 @@ CHOSEN = (
     (90, "float32", "post 64 conv2"),
     (90, "tf32", "post 64 conv2"),
     (100, "bfloat16", "pre 64 conv1"),
+    (100, "bfloat16", "post 32-64 projection shortcut transpose"),
     (100, "float16", "pre 64 conv1 transpose"),
 )
 

@@ -105,7 +105,6 @@ def run_paths(name: str, dtype: torch.dtype, reordered: bool = False) -> base.Re
 
 def run_paths_alone() -> base.Result:
     """A path alone, in a small budget, and an image alone, give the same bits as in the crowd."""
-    from resens_fast.engines import triton_memory as memory
     from resens_fast.engines.triton_gradients import TritonGradientExecutor
 
     whole, structure = base.network("post-pooled-pad-3-10")
@@ -122,8 +121,8 @@ def run_paths_alone() -> base.Result:
         alone = TritonGradientExecutor(whole, planned(whole, structure, one), cpu, torch.bfloat16)
         if not torch.equal(alone.norms(images[1:], labels[1:])[0], crowd[p, 1:]):
             return {"failure": f"path {p} alone differs"}
-    memory.BUFFERS, memory.SCRATCH_BYTES, memory.BATCH = made.least_budget, 1, (1, 1)
-    tight = TritonGradientExecutor(whole, made, cpu, torch.bfloat16)
+    with base.little_memory(made, 1):
+        tight = TritonGradientExecutor(whole, made, cpu, torch.bfloat16)
     if tight.prepared.schedule.buffers != made.least_budget or tight.batch != 1:
         return {"failure": f"{tight.prepared.schedule.buffers} buffers of {tight.batch} images were used"}
     found = tight.norms(images, labels)[torch.from_numpy(made.word_of)]
