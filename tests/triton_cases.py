@@ -332,6 +332,15 @@ def cases() -> dict[str, Any]:
     return table | triton_gradients.cases() | triton_blocks.cases()
 
 
+# What other cases cover too, in smaller networks or the other type; these are the longest.
+SLOW = {
+    "post-projection-16-32-64-float32",
+    "pre-activated-16-32-64-float16",
+    "paths-post-projection-16-32-64-float32",
+    "paths-pre-activated-16-32-64-float32",
+}
+
+
 def without_overflow_checks() -> None:
     """The interpreter checks every addition of two integers for overflow, which takes half of its time."""
     import dataclasses

@@ -193,7 +193,7 @@ def run_plans() -> base.Result:
     swap = st.booleans()
     i, j = next((i, j) for i in range(n) for j in range(i) if structure.exchangeable(i, j))
 
-    @settings(max_examples=4, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=3, deadline=None, derandomize=True, database=None)
     @given(st.lists(st.tuples(gates, swap), min_size=1, max_size=3))
     def check(drawn: list[tuple[list[float], bool]]) -> None:
         nonlocal worst
