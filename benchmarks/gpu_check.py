@@ -247,6 +247,16 @@ def timings(check: Check) -> None:
         work = FLOPS_PER_BLOCK * found["runs"] / max(1, len(sweep))
         return check.row(f"{name} (triton)", found["rate"], "images x configurations/s", work)
 
+    def paths() -> str:
+        need_gpu()
+        from resens_fast.kernels import check as kernels
+
+        net = network(110)
+        drawn = rf.sweeps.paths(net, range(1, 55), samples=4, seed=0)
+        found = kernels.path_rate(net, drawn, dtype)
+        work = FLOPS_PER_BLOCK * found["runs"] / len(drawn)
+        return check.row("gradients along 216 paths (triton)", found["rate"], "images x paths/s", work)
+
     check.section("dense bf16 peak", peak, 20)
     for name, sweep, count, most in rows:
         check.section(name, lambda n=name, s=sweep, c=count, m=most: timed(n, s, c, m), most + 10)  # type: ignore[misc]
@@ -256,6 +266,7 @@ def timings(check: Check) -> None:
     check.section("resnet50", large, 40)
     for name, sweep, _, _ in rows[:2]:
         check.section(f"{name} (triton)", lambda n=name, s=sweep: triton(n, s), 60)  # type: ignore[misc]
+    check.section("path gradients (triton)", paths, 60)
     # Compiling 54 blocks takes a minute or more and cannot be interrupted: after everything that is ours.
     for name in ("compile", "graphs"):
         check.section(f"{name}, intact", lambda n=name: peer(n), 110)  # type: ignore[misc]

@@ -235,6 +235,22 @@ def triton_values(dtype: torch.dtype) -> dict[str, float]:
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+def triton_gradients(dtype: torch.dtype) -> dict[str, float]:
+    need_gpu()
+    from resens_fast.kernels import check as kernels
+
+    found: dict[str, float] = kernels.gradients(dtype)
+    return found
+
+
+def triton_masked() -> float:
+    need_gpu()
+    from resens_fast.kernels import check as kernels
+
+    found: float = kernels.masked()
+    return found
+
+
 ALONE: dict[str, Callable[[], Any]] = {
     **{
         f"values, {images} image(s) of {width} channels per CTA, {name}": partial(check_values, images, width, dtype)
@@ -247,6 +263,11 @@ ALONE: dict[str, Callable[[], Any]] = {
         f"triton values, {name}": partial(triton_values, dtype)
         for name, dtype in {**DTYPES, "fp32": torch.float32}.items()
     },
+    **{
+        f"triton path gradients, {name}": partial(triton_gradients, dtype)
+        for name, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items()
+    },
+    "triton masked gradients": triton_masked,
     "tiny": tiny,
 }
 

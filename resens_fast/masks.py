@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from .network import ResidualNetwork
 
 
-def forward(net: ResidualNetwork, x: Tensor, mask: Any) -> Tensor:
+def forward(net: ResidualNetwork, x: Tensor, mask: Any, engine: str | None = None) -> Tensor:
     """Logits [B, classes] for images [B, C, H, W] and a mask [n] or [B, n]: True or 1 keeps a block, 0 deletes it.
 
     Any other number is a gate on the branch.  In a mask that requires a gradient every block runs, also at 0, where
     the gradient with respect to the gate is not 0.  Raises SweepError for a mask that does not fit the network.
     """
     mask = mask if isinstance(mask, Tensor) else _tensor(mask)
+    if engine is not None:
+        from .engines import triton_autograd
+
+        return triton_autograd.forward(net, x, mask)
     gates = check(net.structure, mask, len(x))
     state = net.stem(x)
     for j, block in enumerate(net.blocks):
