@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The command line `resens`: lesion, reorder, gradients, paths, train, show, doctor, demo."""
+=======
+"""The command line `resens`: lesion, reorder, train, gates, show, doctor, demo."""
+>>>>>>> main
 
 from __future__ import annotations
 
@@ -16,12 +20,19 @@ from .commands.options import (
     Device,
     Dtype,
     EngineName,
+<<<<<<< HEAD
+=======
+    ImageSize,
+>>>>>>> main
     Limit,
     Mean,
     Model,
     Out,
     Seed,
+<<<<<<< HEAD
     Size,
+=======
+>>>>>>> main
     Std,
     Threads,
 )
@@ -41,6 +52,10 @@ app = typer.Typer(
     ),
 )
 
+<<<<<<< HEAD
+=======
+
+>>>>>>> main
 def _version(wanted: bool) -> None:
     if wanted:
         from .version import __version__
@@ -91,7 +106,7 @@ def lesion(
     checkpoint: Checkpoint = None,
     mean: Mean = None,
     std: Std = None,
-    image_size: Size = None,
+    image_size: ImageSize = None,
     limit_images: Limit = None,
     engine: EngineName = "auto",
     dtype: Dtype = None,
@@ -143,7 +158,7 @@ def reorder(
     checkpoint: Checkpoint = None,
     mean: Mean = None,
     std: Std = None,
-    image_size: Size = None,
+    image_size: ImageSize = None,
     limit_images: Limit = None,
     engine: EngineName = "auto",
     dtype: Dtype = None,
@@ -224,6 +239,19 @@ def train(
         str, typer.Option("--dtype", metavar="NAME", help="auto, float32 or bfloat16 (autocast).")
     ] = "auto",
     seed: Seed = 0,
+    sample_blocks: Annotated[
+        int | None,
+        typer.Option("--sample-blocks", metavar="K", help="Every batch runs K random blocks.", show_default=False),
+    ] = None,
+    stochastic_depth: Annotated[
+        float | None,
+        typer.Option(
+            "--stochastic-depth",
+            metavar="P",
+            help="Blocks run at random, the last one with probability P, those before it linearly more often.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
     limit_images: Annotated[
         int | None,
@@ -241,8 +269,36 @@ def train(
     from .commands import train as training
 
     set_threads(threads)
-    options = training.Options(epochs, batch, learning_rate, weight_decay, crop, flip, dtype, seed)
+    options = training.Options(
+        epochs, batch, learning_rate, weight_decay, crop, flip, dtype, seed, sample_blocks, stochastic_depth
+    )
     training.train(ctx.ensure_object(State), model, data, out, options, resume, device, limit_images)
+
+
+@app.command()
+def gates(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    checkpoint: Checkpoint = None,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    limit_images: Limit = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Print how far the gates of a highway network's blocks are open, on average over images.
+
+    \b
+    resens train highway32 --data cifar10 --out runs/highway32
+    resens gates runs/highway32 --data cifar10
+    """
+    from .commands import gates as table
+    from .commands.run import Target
+
+    set_threads(threads)
+    table.show(Target(model, data, checkpoint, mean, std, image_size, limit_images), device)
 
 
 @app.command()

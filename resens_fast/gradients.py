@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from . import engines, sweeps
 from .engines import AT, GradientExecutor, Progress
+from .engines.several import Devices, devices
 from .errors import EngineError, SweepError
 from .gradient_plan import GradientPlan, gradient_plan
 from .gradient_study import GradientStudy, Norms
 from .images import ImageHash, ImageReader
-from .jobs import Bar, Job, check_dtype, check_network, run, usable
+from .jobs import Bar, Job, check_dtype, check_network, run
 from .plan import check_sweep
 from .study import Part
 from .sweep import Configuration, Sweep
@@ -38,7 +39,7 @@ def path_gradients(
     batch: int = 32,
     engine: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> GradientStudy:
@@ -72,7 +73,7 @@ def input_gradients(
     at: str = "first_block",
     engine: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
 ) -> torch.Tensor:
     """The gradient along every path of each image's own cross-entropy: [P, B, C, H, W], on the CPU, in the engine's
     precision.
@@ -98,7 +99,7 @@ def gate_gradients(
     sweep: Sweep,
     data: Any,
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """The gradient of every configuration's mean loss with respect to the gates of its blocks: float64 [C, n].
@@ -110,7 +111,7 @@ def gate_gradients(
     """
     check_network(net)
     check_sweep(net.structure, sweep)
-    where = usable(device) if device is not None else net.device
+    where = _single(devices(device))[0] if device is not None else net.device
     kind = net.dtype if dtype is None else check_dtype(dtype)
     if refusal := engines.get("torch").refuses(net, where, kind):
         raise EngineError(f"gate gradients cannot be computed: {refusal}")
@@ -132,6 +133,12 @@ def gate_gradients(
     total /= reader.position
     total[:, [not block.gateable for block in net.blocks]] = torch.nan
     return total[[row_of[configuration] for configuration in sweep]]
+
+
+def _single(found: list[torch.device]) -> list[torch.device]:
+    if len(found) > 1:
+        raise EngineError(f"gradients run on one device, not on {', '.join(map(str, found))}: name one of them")
+    return found
 
 
 def _of_gates(
@@ -158,11 +165,12 @@ class _PathJob(Job):
         sweep: Sweep,
         engine: str,
         dtype: torch.dtype | None,
-        device: torch.device | str | None,
+        device: Devices | None,
         at: str,
         batch: int,
     ) -> None:
         super().__init__(net, sweep, engine, dtype, device)
+        _single(self.devices)
         if at not in AT:
             raise EngineError(f"gradients are taken at {', '.join(AT)}, not at {at!r}")
         self.at, self.batch = at, batch

@@ -258,13 +258,8 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
-def torch_device(name: str | None) -> str | None:
-    """The device's name if this machine has it.  Raises EngineError otherwise."""
-    import torch
+def torch_device(names: str | None) -> str | None:
+    """The name of the first device, if this machine has them all.  Raises EngineError otherwise."""
+    from ..engines.several import devices
 
-    if name is not None:
-        try:
-            torch.zeros(1, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise EngineError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
+    return None if names is None else str(devices(names)[0])
