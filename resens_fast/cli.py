@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The command line `resens`: lesion, reorder, gradients, paths, train, show, doctor, demo."""
-=======
-"""The command line `resens`: lesion, reorder, train, gates, show, doctor, demo."""
->>>>>>> main
+"""The command line `resens`: lesion, reorder, gradients, paths, train, gates, show, doctor, demo."""
 
 from __future__ import annotations
 
@@ -20,19 +16,12 @@ from .commands.options import (
     Device,
     Dtype,
     EngineName,
-<<<<<<< HEAD
-=======
     ImageSize,
->>>>>>> main
     Limit,
     Mean,
     Model,
     Out,
     Seed,
-<<<<<<< HEAD
-    Size,
-=======
->>>>>>> main
     Std,
     Threads,
 )
@@ -52,10 +41,7 @@ app = typer.Typer(
     ),
 )
 
-<<<<<<< HEAD
-=======
 
->>>>>>> main
 def _version(wanted: bool) -> None:
     if wanted:
         from .version import __version__

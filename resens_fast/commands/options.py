@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""What MODEL, --data and the other options may be, in one place for the commands that take them."""
-=======
 """Options that several commands take, each said once."""
->>>>>>> main
 
 from __future__ import annotations
 
@@ -11,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< HEAD
-=======
 # What MODEL and --data may be, in one place for the commands that take them.
->>>>>>> main
 MODEL_HELP = (
     "A network that ships with the package (resens doctor lists them), a folder that resens train wrote, "
     "or module:factory (also file.py:factory), a function without arguments that returns a torch.nn.Module."
@@ -57,11 +50,7 @@ Std = Annotated[
     str | None,
     typer.Option("--std", metavar="LIST", help="Standard deviation of each channel, likewise.", show_default=False),
 ]
-<<<<<<< HEAD
-Size = Annotated[
-=======
 ImageSize = Annotated[
->>>>>>> main
     str | None,
     typer.Option(
         "--image-size",
@@ -93,16 +82,12 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     str | None,
-<<<<<<< HEAD
-    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the CPU if not given.", show_default=False),
-=======
     typer.Option(
         "--device",
         metavar="NAME",
         help="cpu, cuda, cuda:1 or several as cuda:0,cuda:1; the CPU if not given.",
         show_default=False,
     ),
->>>>>>> main
 ]
 Threads = Annotated[
     int | None,

@@ -15,12 +15,12 @@ from .options import (
     Device,
     Dtype,
     EngineName,
+    ImageSize,
     Limit,
     Mean,
     Model,
     Out,
     Seed,
-    Size,
     Std,
     Threads,
 )
@@ -54,7 +54,7 @@ def gradients(
     checkpoint: Checkpoint = None,
     mean: Mean = None,
     std: Std = None,
-    image_size: Size = None,
+    image_size: ImageSize = None,
     limit_images: Limit = None,
     engine: EngineName = "auto",
     dtype: Dtype = None,
@@ -100,7 +100,7 @@ def paths(
     deleted: Annotated[
         str, typer.Option("--deleted", metavar="D", help="Blocks deleted, for the paths that survive; five at most.")
     ] = "1,5,10,20",
-    image_size: Size = None,
+    image_size: ImageSize = None,
 ) -> None:
     """Count the paths of each length, and those that are left after deletions; needs no images.
 
