@@ -1,4 +1,4 @@
-"""Norms of 1,000 path gradients of mixed length, ours beside an autograd loop (the column "vs eager") and the torch engine.
+"""Norms of 1,000 path gradients of mixed length: ours, an autograd loop (the column "vs eager"), the torch engine.
 
 The autograd loop runs every 50th path; its stored forward is counted once, its paths fifty times. `--quick` leaves out
 the torch engine, which takes minutes.

@@ -156,7 +156,6 @@ class ResidualNetwork(nn.Module):
         """A table with one line per block: name, stage, kind, shapes and parameters; then the engine that `auto` will
         take where the network is now, and why it passes over the faster ones, naming the first block not covered.
         """
-        sizes = dict(self.model.named_parameters(remove_duplicate=False))
         rows = [("", "block", "stage", "kind", "shape", "parameters", "deleted")]
         for b in self.blocks:
             count = sum(parameter.numel() for parameter in b.parameters())

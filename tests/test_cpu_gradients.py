@@ -77,7 +77,8 @@ def labels(x: Tensor, classes: int) -> Tensor:
 
 
 def assert_close(packed: Packed, x: Tensor, paths: Sequence[Path]) -> None:
-    """DESIGN's promise for the gradient of every path: at most four times torch's own error, with a floor of a few eps.
+    """DESIGN's promise for the gradient of every path: at most four times torch's own error, with a floor. It is what
+    Winograd's convolutions cost, 6 eps each, at random: a chosen branch has no shortcut beside it that would dilute it.
 
     Norms are held to the gradients' error.
     """
@@ -89,7 +90,9 @@ def assert_close(packed: Packed, x: Tensor, paths: Sequence[Path]) -> None:
     for p in range(len(paths)):
         size = truth[p].flatten(1).norm(dim=1)
         off, theirs = ((g[p].double() - truth[p]).flatten(1).norm(dim=1) for g in (found, torchs))
-        bound = max(4 * float(theirs.square().mean().sqrt()), 8 * 2.0**-23 * float(size.square().mean().sqrt()))
+        convs = sum(len(packed.net.blocks[j].convs) for j, gate in paths[p].items() if gate)
+        floor = 6 * 2.0**-23 * (1 + convs) ** 0.5 * float(size.square().mean().sqrt())
+        bound = max(4 * float(theirs.square().mean().sqrt()), floor)
         assert float(off.square().mean().sqrt()) <= bound
         torch.testing.assert_close(norms[p], size, rtol=0, atol=4 * bound)
 
@@ -118,7 +121,12 @@ def odd_block(g: torch.Generator, kind: str, index: int, pre: bool) -> FusedBloc
     elif kind == "3x3 projection":
         shortcut = lowered.conv(g, 16, 20, 3, 2)
     elif kind == "pooled projection":
-        first, shortcut, pool, out = lowered.conv(g, 16, 20, 2, 2, 0, relu=True), lowered.conv(g, 16, 20, 1), 2, (20, 4, 6)
+        first, shortcut, pool, out = (
+            lowered.conv(g, 16, 20, 2, 2, 0, relu=True),
+            lowered.conv(g, 16, 20, 1),
+            2,
+            (20, 4, 6),
+        )
     elif kind == "wide padding":
         first = lowered.conv(g, 16, 20, 2, 2, 1, relu=True)
         shortcut, out = lowered.conv(g, 16, 20, 2, 2, 1), (20, 5, 7)
@@ -215,9 +223,9 @@ def test_malformed_calls_raise() -> None:
     with pytest.raises(ValueError, match="Label 10"):
         packed.run(x, torch.tensor([0, 10]), tape, gates, 1)
     with pytest.raises(ValueError, match="out of the order"):
-        packed.run(x, y, tape[[0, 2, 1, 3, 4, 5]], gates[[0, 2, 1, 3, 4, 5]], 1)
-    with pytest.raises(ValueError, match="out of the order|another shape"):
-        packed.run(x, y, tape[[0, 1, 3, 4, 5]], gates[[0, 1, 3, 4, 5]], 1)  # block 2 left out
+        packed.run(x, y, tape[[0, 1, 2, 4, 3, 5]], gates[[0, 1, 2, 4, 3, 5]], 1)
+    with pytest.raises(ValueError, match="out of the order"):
+        packed.run(x, y, tape[[0, 2, 3, 4, 5]], gates[[0, 2, 3, 4, 5]], 1)  # block 3 left out
     with pytest.raises(ValueError, match="ends before block 0"):
         packed.run(x, y, tape[[0, 1, 2, 3, 5]], gates[[0, 1, 2, 3, 5]], 1)
     with pytest.raises(ValueError, match="word 1 of 1"):

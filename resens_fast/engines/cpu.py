@@ -71,9 +71,7 @@ def _register_fake() -> None:
 
 def image_seconds(fused: FusedNetwork, tape: np.ndarray) -> float:
     """Roughly, what the RUN instructions of a tape take for one image on one thread."""
-    costs = [
-        sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2] for b in fused.blocks
-    ]
+    costs = [sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2] for b in fused.blocks]
     tape = tape.reshape(-1, 2)
     return float(np.asarray([*costs, 0.0])[tape[tape[:, 0] == RUN, 1]].sum()) / _RATE
 
