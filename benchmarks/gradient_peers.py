@@ -1,4 +1,4 @@
-"""The peers of path gradients: norms of the gradient at the first block's input, float64 [P, B], for the paths of a sweep.
+"""The peers of path gradients: norms at the first block's input, float64 [P, B], for the paths of a sweep.
 
 autograd  the loop a careful researcher writes: one stored forward, cut at the blocks, nothing that needs gradients but
           the states; for every path a vector-Jacobian product of each chosen branch and each shortcut that has one
@@ -45,7 +45,9 @@ class Autograd:
         rows = []
         for path in sweep:
             g = self.start
-            for (state, branch, shortcut, total, after), gate in zip(reversed(self.blocks), path.gates[::-1], strict=True):
+            for (state, branch, shortcut, total, after), gate in zip(
+                reversed(self.blocks), path.gates[::-1], strict=True
+            ):
                 if after is not total:
                     (g,) = torch.autograd.grad(after, total, g, retain_graph=True)
                 if gate != 0:

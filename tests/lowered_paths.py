@@ -12,13 +12,17 @@ from resens_fast.fused import FusedBlock, FusedNetwork, convert
 from resens_fast.plan import HEAD, RESTORE, RUN, SAVE, SHORTCUT
 
 
+def prologue(block: FusedBlock, x: Tensor) -> Tensor:
+    """What the block's first ReLU reads."""
+    if block.scale is None or block.shift is None:
+        return x
+    return block.scale.reshape(1, -1, 1, 1) * x + block.shift.reshape(1, -1, 1, 1)
+
+
 def activations(block: FusedBlock, x: Tensor) -> list[Tensor]:
     """What the block's ReLUs read: its prologue's, those between its convolutions, its closing one's."""
-    found = []
-    h = x
-    if block.scale is not None and block.shift is not None:
-        found.append(block.scale.reshape(-1, 1, 1, 1).transpose(0, 1) * x + block.shift.reshape(1, -1, 1, 1))
-        h = found[0].relu()
+    h = x if block.scale is None else prologue(block, x).relu()
+    found = [] if block.scale is None else [prologue(block, x)]
     y = h
     for conv in block.convs:
         y = F.conv2d(y, conv.weight, conv.bias, conv.stride, conv.padding)
@@ -40,7 +44,9 @@ def margins(net: FusedNetwork, images: Tensor, order: Sequence[int]) -> Tensor:
         x = net.blocks[j](x)
     if net.head.relu:
         scale, shift = net.head.scale, net.head.shift
-        found.append(x if scale is None or shift is None else scale.reshape(1, -1, 1, 1) * x + shift.reshape(1, -1, 1, 1))
+        found.append(
+            x if scale is None or shift is None else scale.reshape(1, -1, 1, 1) * x + shift.reshape(1, -1, 1, 1)
+        )
     nearest = torch.full((len(images),), torch.inf, dtype=images.dtype)
     for a in found:
         size = torch.where(a == 0, torch.inf, a.abs()).flatten(1).amin(1) / a.square().mean().sqrt().clamp(min=1e-30)
@@ -57,7 +63,7 @@ def gradients(
         first, parts = x, []
         for j in order:
             block = net.blocks[j]
-            h = x if block.scale is None else (block.scale.reshape(1, -1, 1, 1) * x + block.shift.reshape(1, -1, 1, 1)).relu()  # type: ignore[union-attr]
+            h = x if block.scale is None else prologue(block, x).relu()
             shortcut = block.shortcut(h if block.shortcut.activated else x)
             branch = h
             for conv in block.convs:

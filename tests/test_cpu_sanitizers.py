@@ -27,7 +27,7 @@ ISAS = {
 }
 
 
-NAMES = ("network", "pack", "program", "block", "eval", "dispatch")
+NAMES = ("network", "pack", "program", "block", "eval", "backward", "gradients", "dispatch")
 
 
 def _cpuinfo() -> str:

@@ -79,6 +79,50 @@ Builder build(const Case& c) {
   return b;
 }
 
+// Path gradients of one network: the same bits for any threads and tiles, finite, and some of them not zero.
+bool check_gradients(const Case& c, const Kernels& kernels) {
+  const Builder b = build(c);
+  const std::vector<int32_t> layout(b.layout);
+  const Network network = read_network(layout.data(), static_cast<int64_t>(layout.size()), kernels, Dtype::kFloat32);
+  const Network transposed = transpose(network, kernels, 2);
+  const auto memory = [](int64_t bytes) {
+    std::unique_ptr<void, void (*)(void*)> p(aligned_alloc(64, (bytes + 63) / 64 * 64), free);
+    std::memset(p.get(), 0, bytes);
+    return p;
+  };
+  const auto packed = memory(network.packed_bytes), back = memory(transposed.packed_bytes);
+  const int64_t raw = static_cast<int64_t>(b.raw.size());
+  pack(network, kernels, Dtype::kFloat32, b.raw.data(), raw, static_cast<char*>(packed.get()));
+  pack_transposed(network, transposed, kernels, b.raw.data(), raw, static_cast<char*>(back.get()));
+  const int batch = 5;
+  std::vector<float> images(static_cast<size_t>(batch) * c.channels * c.height * c.width);
+  std::normal_distribution<float> normal;
+  for (float& x : images) x = normal(generator);
+  const std::vector<int64_t> labels = {0, 1, 2, 3, 6}, order = {0, 1, 2};
+  // An identity without a closing ReLU may be named all the same.
+  const std::vector<int32_t> tape = {SAVE, 0, RUN, 2, RUN, 1, SAVE, 1, RUN, 0, HEAD, 0, RESTORE, 1, SHORTCUT, 0, HEAD, 1, RESTORE, 0, SHORTCUT, 2, SHORTCUT, 1, SHORTCUT, 0, HEAD, 2};
+  const std::vector<float> gates = {0, 1, 0.5f, 0, 1e-20f, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  const Geometry& g = network.geometries[0];
+  std::vector<float> first;
+  for (const auto& [threads, tile] : {std::pair(1, 0), std::pair(3, 1), std::pair(2, 3)}) {
+    std::vector<float> gradients(static_cast<size_t>(3) * batch * g.channels * g.height * g.width);
+    std::vector<double> norms(3 * batch);
+    std::vector<int64_t> control(3);
+    GradientRequest r;
+    r.images = images.data(), r.labels = labels.data(), r.batch = batch, r.words = 3, r.order = order.data();
+    r.tape = tape.data(), r.gates = gates.data(), r.length = static_cast<int64_t>(gates.size());
+    r.threads = threads, r.tile = tile;
+    r.norms = norms.data(), r.gradients = gradients.data(), r.control = control.data();
+    const bool done = path_gradients(network, kernels, static_cast<const char*>(packed.get()), static_cast<const char*>(back.get()), r);
+    double sum = 0;
+    for (const double n : norms) sum += n;
+    if (!done || !(sum > 0 && sum < 1e30) || control[1] != control[2]) return false;
+    if (first.empty()) first = gradients;
+    if (std::memcmp(first.data(), gradients.data(), sizeof(float) * gradients.size()) != 0) return false;
+  }
+  return true;
+}
+
 bool check(const Case& c, const Kernels& kernels, Dtype dtype) {
   const Builder b = build(c);
   // Copies of exact size, so that one element too far is seen.
@@ -130,6 +174,11 @@ int main(int count, char** names) {
         std::printf("case %zu differs on %s, dtype %d\n", i, kernels_at(k).name, static_cast<int>(dtype));
         return 1;
       }
+    }
+    for (size_t i = 0; i < std::size(cases); ++i) {
+      if (check_gradients(cases[i], kernels_at(k))) continue;
+      std::printf("gradients of case %zu differ on %s\n", i, kernels_at(k).name);
+      return 1;
     }
     std::printf("%s: ok\n", kernels_at(k).name);
   }
