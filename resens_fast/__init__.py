@@ -11,7 +11,7 @@ Only torch and numpy are needed to import the package; pandas, pyarrow, scipy an
 needs them.
 """
 
-from . import data, engines, errors, models, paths, sweeps, training
+from . import data, engines, errors, highway, models, paths, sweeps, training
 from .evaluate import evaluate, logits
 from .gradient_plan import GradientPlan, gradient_plan
 from .gradients import gate_gradients, input_gradients, path_gradients
@@ -36,6 +36,7 @@ __all__ = [
     "evaluate",
     "gate_gradients",
     "gradient_plan",
+    "highway",
     "input_gradients",
     "logits",
     "models",

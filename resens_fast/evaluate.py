@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import engines
-from .engines import Executor, Tally
+from .engines import Engine, Executor, Tally
+from .engines.several import Devices, SeveralExecutor
 from .images import ImageHash, ImageReader, check_images, tensor
-from .jobs import Bar, Job, run
+from .jobs import Bar, Job, device_name, run
 from .plan import Plan, plan
 from .study import Part, Study
 
@@ -30,14 +31,15 @@ def evaluate(
     data: Any,
     engine: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Study:
     """Error and loss of every configuration of ``sweep`` on ``data``, in eval mode (Veit et al. 2016, section 4).
 
     data: a DataLoader, a Dataset or ``(images [N, C, H, W] float, labels [N] int)``. engine: ``auto`` (the fastest
-    that covers the whole job) or a name. dtype, device: follow the network when None (the reference engine: float64).
+    that covers the whole job) or a name. dtype, device: follow the network when None (the reference engine: float64);
+    several devices, ``["cuda:0", "cuda:1"]`` or ``"cuda:0,cuda:1"``, share the images of every batch.
     out: a folder; the same call resumes it after Ctrl-C or a kill, without repeating finished parts. progress: a bar
     on standard error when it takes longer than two seconds.
 
@@ -54,7 +56,7 @@ def logits(
     images: torch.Tensor,
     engine: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
 ) -> torch.Tensor:
     """Logits [C, B, classes] of every configuration on images [B, C, H, W], on the CPU, in the engine's precision.
 
@@ -79,7 +81,7 @@ class _Evaluation(Job):
         sweep: Sweep,
         engine: str,
         dtype: torch.dtype | None,
-        device: torch.device | str | None,
+        device: Devices | None,
     ) -> None:
         super().__init__(net, sweep, engine, dtype, device)
         self.plan: Plan = plan(net, sweep)
@@ -88,9 +90,20 @@ class _Evaluation(Job):
     def choose(self, example: torch.Tensor) -> None:
         size = tuple(example.shape[1:]) if len(example) else None
         self.engine, self.passed_over = engines.choose(self.wanted, self.net, self.device, self.dtype, size)
+        others = (engines.choose(self.engine.name, self.net, d, self.dtype, size)[0] for d in self.devices[1:])
+        self.used: list[Engine] = [self.engine, *others]
 
     def prepare(self) -> Executor:
-        return self.engine.prepare(self.net, self.plan, self.device, self.dtype)
+        made = [
+            (device, engine.prepare(self.net, self.plan, device, self.dtype))
+            for device, engine in zip(self.devices, self.used, strict=True)
+        ]
+        return made[0][1] if len(made) == 1 else SeveralExecutor(made)
+
+    def way(self) -> dict[str, Any]:
+        alike = len({device_name(device) for device in self.devices}) == 1  # two cards may round differently
+        ways = dict.fromkeys(engine.path for engine in self.used)
+        return {"bitwise": alike and all(engine.bitwise for engine in self.used), "path": "; ".join(ways)}
 
     def study(self, manifest: dict[str, Any], parts: list[Part], path: Path | None) -> Study:
         return Study(manifest, self.sweep, parts, path)

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from . import engines, sweeps
 from .engines import AT, GradientExecutor, Progress
+from .engines.several import Devices, devices
 from .errors import EngineError, SweepError
 from .gradient_plan import GradientPlan, gradient_plan
 from .gradient_study import GradientStudy, Norms
 from .images import ImageHash, ImageReader
-from .jobs import Bar, Job, check_dtype, check_network, run, usable
+from .jobs import Bar, Job, check_dtype, check_network, run
 from .plan import check_sweep
 from .study import Part
 from .sweep import Configuration, Sweep
@@ -38,7 +39,7 @@ def path_gradients(
     batch: int = 32,
     engine: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> GradientStudy:
@@ -72,14 +73,15 @@ def input_gradients(
     at: str = "first_block",
     engine: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
 ) -> torch.Tensor:
     """The gradient along every path of each image's own cross-entropy: [P, B, C, H, W], on the CPU, in the engine's
     precision.
 
     paths: a sweep; blocks with a gate other than 0 are entered and their branch's gradient is multiplied by the gate.
     images [B, C, H, W], labels int [B]. at: ``first_block`` (its input) or ``image``. Raises what ``path_gradients``
-    raises. Memory is P × B states; for norms alone use ``path_gradients``.
+    raises. Memory is P × B states; for norms alone use ``path_gradients``, which also tells norms that are too small
+    for the precision.
     """
     if at == "parameters":
         raise EngineError("input_gradients are taken at first_block or image; parameters have norms only")
@@ -97,28 +99,29 @@ def gate_gradients(
     sweep: Sweep,
     data: Any,
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Devices | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """The gradient of every configuration's mean loss with respect to the gates of its blocks: float64 [C, n].
 
     The forward is the configuration's own, not the intact one; at a gate of 0 the branch runs all the same, since the
-    gradient is what adding a little of it would change. A block without a gate (a sequential one) has NaN. Runs one
-    configuration after another through torch: any block, any device and any floating-point dtype of 16 bits or more.
+    gradient is what adding a little of it would change (a closing ReLU passes nothing where its input is exactly 0,
+    which is torch's convention). A block without a gate (a sequential one) has NaN. Runs one configuration after
+    another through torch: any block, any device and any floating-point dtype of 16 bits or more.
     """
     check_network(net)
     check_sweep(net.structure, sweep)
-    where = usable(device) if device is not None else net.device
+    where = _single(devices(device))[0] if device is not None else net.device
     kind = net.dtype if dtype is None else check_dtype(dtype)
     if refusal := engines.get("torch").refuses(net, where, kind):
         raise EngineError(f"gate gradients cannot be computed: {refusal}")
     configurations = list(dict.fromkeys(sweep))
     row_of = {configuration: row for row, configuration in enumerate(configurations)}
-    total = torch.zeros(len(configurations), len(net.blocks), dtype=torch.float64)
     reader = ImageReader(data, net.structure)
     name = f"gates of {len(sweep)} configurations"
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(where.type, enabled=False):
         twin = engines.base.replica(net, where, kind, torch.channels_last)
+        total = torch.zeros(len(configurations), len(net.blocks), dtype=torch.float64)
         with Bar(name, len(configurations), reader, 0, progress) as bar:
             while len((taken := reader.take(_GATE_BATCH))[1]):
                 images, labels = (values.detach().to(where, copy=True) for values in taken)
@@ -132,6 +135,12 @@ def gate_gradients(
     return total[[row_of[configuration] for configuration in sweep]]
 
 
+def _single(found: list[torch.device]) -> list[torch.device]:
+    if len(found) > 1:
+        raise EngineError(f"gradients run on one device, not on {', '.join(map(str, found))}: name one of them")
+    return found
+
+
 def _of_gates(
     net: ResidualNetwork, configuration: Configuration, images: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
@@ -142,8 +151,9 @@ def _of_gates(
         block = net.blocks[j]
         state = block.run(state, gates[j] if block.gateable else configuration.gates[j])
     loss = torch.nn.functional.cross_entropy(net.head(state).double(), labels, reduction="sum")
-    (found,) = torch.autograd.grad(loss, gates, allow_unused=True)
-    return torch.zeros_like(gates) if found is None else found
+    if not loss.requires_grad:  # no block has a gate
+        return torch.zeros_like(gates)
+    return torch.autograd.grad(loss, gates)[0]
 
 
 class _PathJob(Job):
@@ -155,11 +165,12 @@ class _PathJob(Job):
         sweep: Sweep,
         engine: str,
         dtype: torch.dtype | None,
-        device: torch.device | str | None,
+        device: Devices | None,
         at: str,
         batch: int,
     ) -> None:
         super().__init__(net, sweep, engine, dtype, device)
+        _single(self.devices)
         if at not in AT:
             raise EngineError(f"gradients are taken at {', '.join(AT)}, not at {at!r}")
         self.at, self.batch = at, batch
@@ -197,6 +208,8 @@ class _PathJob(Job):
 
 class _Paths:
     """The executors of all orders as one, whose rows are the sweep's."""
+
+    footprint = None
 
     def __init__(
         self, made: Sequence[GradientExecutor], plans: Sequence[GradientPlan], rows: Sequence[NDArray[np.int64]]

@@ -16,6 +16,7 @@ import torch
 
 from . import engines
 from .engines import Engine
+from .engines.several import Devices, devices
 from .errors import DataError, EngineError, StudyError, SweepError, WrapError
 from .folder import FORMAT, StudyFolder
 from .images import ImageHash, ImageReader
@@ -46,13 +47,14 @@ class Job(ABC):
         sweep: Sweep,
         engine: str,
         dtype: torch.dtype | None,
-        device: torch.device | str | None,
+        device: Devices | None,
     ) -> None:
         check_network(net)
         if not isinstance(sweep, Sweep):
             raise SweepError(f"a sweep is needed, not {type(sweep).__name__}; build one with resens_fast.sweeps")
         self.net, self.sweep = net, sweep
-        self.device = usable(device) if device is not None else net.device
+        self.devices = devices(device) if device is not None else [net.device]
+        self.device = self.devices[0]
         if dtype is None:
             dtype = torch.float64 if engine == "reference" else net.dtype
         self.dtype = check_dtype(dtype)
@@ -73,6 +75,10 @@ class Job(ABC):
     @abstractmethod
     def study(self, manifest: dict[str, Any], parts: list[Part], path: Path | None) -> Study:
         """The results so far."""
+
+    def way(self) -> dict[str, Any]:
+        """What the engine promises and which way it took; some engines know only once they are ready."""
+        return {"bitwise": self.engine.bitwise, "path": self.engine.path}
 
     def describe(self) -> str:
         """What the progress bar is called."""
@@ -116,7 +122,7 @@ class Job(ABC):
             "engine": {
                 "name": self.engine.name,
                 "dtype": str(self.dtype).removeprefix("torch."),
-                "device": device_name(self.device),
+                "device": ", ".join(map(device_name, self.devices)),
                 "bitwise": self.engine.bitwise,
                 "passed_over": self.passed_over,
             },
@@ -149,8 +155,7 @@ def _run(job: Job, reader: ImageReader, folder: StudyFolder | None, progress: bo
         job.executor(reader.peek()) as executor,
         Bar(job.describe(), len(job.sweep), reader, study.images, progress) as bar,
     ):
-        # Some engines know only now which way they take.
-        manifest["engine"].update(bitwise=job.engine.bitwise, path=job.engine.path)
+        manifest["engine"].update(job.way(), footprint=executor.footprint)
         began, before = time.monotonic(), manifest["seconds"]
 
         def finish(part: Part) -> None:
@@ -284,15 +289,6 @@ def check_size(net: ResidualNetwork, images: torch.Tensor) -> None:
             f"the network does not take images of the shape {size} (it was wrapped with "
             f"{net.structure.input_shape}): {str(error).splitlines()[0]}"
         ) from None
-
-
-def usable(device: torch.device | str) -> torch.device:
-    """The device, after a first number was put there."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EngineError(f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
 
 
 def device_name(device: torch.device) -> str:

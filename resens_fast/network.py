@@ -166,7 +166,9 @@ class ResidualNetwork(nn.Module):
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     def summary(self) -> str:
-        """A table with one line per block: name, stage, kind, shapes and parameters."""
+        """A table with one line per block: name, stage, kind, shapes and parameters; then the engine that `auto` will
+        take where the network is now, and why it passes over the faster ones, naming the first block not covered.
+        """
         rows = [("", "block", "stage", "kind", "shape", "parameters", "deleted")]
         for b in self.blocks:
             count = sum(parameter.numel() for parameter in b.parameters())
@@ -191,7 +193,17 @@ class ResidualNetwork(nn.Module):
         title = (
             f"{type(self.model).__name__}: {len(s)} blocks, {total:,} parameters, images {size}, {s.classes} classes"
         )
-        return "\n".join([title, *lines])
+        return "\n".join([title, *lines, *self._engines()])
+
+    def _engines(self) -> list[str]:
+        from resens_fast import engines
+
+        try:
+            engine, passed = engines.choose("auto", self, self.device, self.dtype)
+            lines = [f'engine="auto" takes {engine.name} ({str(self.dtype).removeprefix("torch.")}, {self.device})']
+        except EngineError as reason:
+            return [f'engine="auto": {reason}']
+        return lines + [f"  not {name}: {reason}" for name, reason in passed.items()]
 
     def fingerprint(self) -> str:
         """The sha256 of structure and state_dict: equal for equal networks on any device."""

@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from . import extension, planner_py
@@ -17,8 +18,6 @@ from .planner_py import HEAD, RESTORE, RUN, SAVE, SHORTCUT
 from .structure import Structure
 
 if TYPE_CHECKING:
-    import torch
-
     from .network import ResidualNetwork
     from .sweep import Sweep
 
@@ -123,12 +122,13 @@ class Plan:
         return (self.slots + 1) * batch * max((prod(shape) for shape in shapes), default=0) * dtype.itemsize
 
     def summary(self) -> str:
-        """One line: what was asked for and what is left to do."""
+        """One line: what was asked for, what is left to do, and the float32 states an image needs at a time."""
         runs = f"{self.requested_runs:,} block runs asked for, {self.executed_runs:,} executed"
         if self.executed_runs:
             runs += f" ({self.requested_runs / self.executed_runs:.2f}x shared)"
         what = f"{len(self.word_of):,} configurations of {len(self.structure)} blocks, {self.words:,} unique"
-        return f"{what}: {runs}, {self.slots} {'slot' if self.slots == 1 else 'slots'}"
+        slots = f"{self.slots} {'slot' if self.slots == 1 else 'slots'}"
+        return f"{what}: {runs}, {slots}, {self.state_bytes(1, torch.float32) / 2**10:,.0f} KiB of states an image"
 
     def __repr__(self) -> str:
         return f"Plan({self.summary()})"

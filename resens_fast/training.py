@@ -178,10 +178,10 @@ def train(
     `forward(model, images)` is how a batch goes through the network; with `sample_blocks(k)` or `stochastic_depth(p)`,
     which need a wrapped model, the plain network is what is measured after every epoch and what is left at the end.
     `callback(epoch, step, loss)` runs after every step, `card` is what the card shall say beside data, recipe and
-    error; with `factory` and `arguments` in it, `models.load(out)` brings the network back.  The checkpoint is replaced atomically after every epoch, so that Ctrl-C
-    or a kill costs at most one; `resume` goes on from it.  Raises ModelError if `out` holds a run and `resume` is not
-    given, if the checkpoint is damaged or belongs to another recipe or network, or when the loss is no longer finite;
-    DataError for sets that do not fit each other or the memory.
+    error; with `factory` and `arguments` in it, `models.load(out)` brings the network back.  The checkpoint is replaced
+    atomically after every epoch, so that Ctrl-C or a kill costs at most one; `resume` goes on from it.  Raises
+    ModelError if `out` holds a run and `resume` is not given, if the checkpoint is damaged or belongs to another recipe
+    or network, or when the loss is no longer finite; DataError for sets that do not fit each other or the memory.
     """
     recipe = recipe or Recipe()
     depth = forward if isinstance(forward, RandomDepth) else None

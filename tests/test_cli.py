@@ -78,6 +78,7 @@ def contents(folder: Path) -> set[str]:
 def test_lesion_prints_tables_and_leaves_study_figures_and_table(nets: Path, tmp_path: Path) -> None:
     result = small(nets, tmp_path / "a", "--single", "--delete", "1:2", "--samples", 3)
     assert result.exit_code == 0, result.output
+    assert "no --checkpoint: the weights are those that" in result.output
     text = result.stdout
     assert text.index("intact error") < text.index("One block deleted, transitions") < text.index("k blocks deleted")
     assert "\x1b" not in text
@@ -185,7 +186,7 @@ def test_a_trained_folder_is_a_model(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_version_prints() -> None:
     text = call("--help").stdout
-    for command in ("lesion", "reorder", "train", "show", "doctor", "demo"):
+    for command in ("lesion", "reorder", "train", "gates", "show", "doctor", "demo"):
         assert command in text
         assert call(command, "--help").exit_code == 0
     assert rf.__version__ in call("--version").stdout
@@ -302,7 +303,8 @@ def test_wrong_images_are_one_line(nets: Path, tmp_path: Path) -> None:
             "lesion", f"{nets}:two_classes", "--image-size", 16, "--data", f"folder:{path}", "--out", tmp_path / "a"
         )
 
-    assert "label 2" in complaint(folder(tmp_path / "three", 3))
+    assert "three has 3 classes, but" in complaint(folder(tmp_path / "three", 3))
+    assert "one has 1 class, but" in complaint(folder(tmp_path / "one", 1))
     (folder(tmp_path / "cut", 2) / "c1" / "0.png").write_bytes(b"\x89PNG\r\n")
     assert "0.png" in complaint(tmp_path / "cut")
     (folder(tmp_path / "void", 2) / "c1" / "0.png").unlink()

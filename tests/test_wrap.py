@@ -223,7 +223,9 @@ def test_stages_and_transitions() -> None:
     assert s.digest == rf.wrap(make(), EXAMPLE).structure.digest
     assert s.digest != rf.wrap(make(), images(1, 32)).structure.digest
     table = net.summary()
-    assert len(table.splitlines()) == 2 + 6
+    lines = [line for line in table.splitlines() if not line.startswith("  not ")]
+    assert len(lines) == 2 + 6 + 1
+    assert lines[-1].startswith('engine="auto" takes ')
     assert "layer2.0" in table
     assert "8x16x16 -> 16x8x8" in table
     assert f"{sum(p.numel() for p in net.model.layer1[0].parameters()):,}" in table.splitlines()[2]

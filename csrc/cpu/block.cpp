@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -14,18 +13,19 @@
 namespace resens::cpu {
 
 Buffer::Buffer(int64_t bytes) {
-  const int64_t page = bytes >= (int64_t{1} << 21) ? int64_t{1} << 21 : 4096;
+  const int64_t page = bytes >= (int64_t{1} << 21) ? int64_t{1} << 21 : 64;
   const int64_t size = (std::max<int64_t>(bytes, 1) + page - 1) / page * page;
-  void* p = nullptr;
-  if (posix_memalign(&p, page, size) != 0) throw std::bad_alloc();
+  bytes_ = size + page;
+  // calloc knows which memory the system has just zeroed, and does not touch it.
+  block_ = std::calloc(1, bytes_);
+  if (!block_) throw std::bad_alloc();
+  data_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block_) + page - 1) / page * page);
 #if defined(__linux__)
-  madvise(p, size, MADV_HUGEPAGE);  // only speed depends on it
+  if (page > 64) madvise(data_, size, MADV_HUGEPAGE);  // only speed depends on it
 #endif
-  std::memset(p, 0, size);
-  data_ = static_cast<char*>(p);
 }
 
-Buffer::~Buffer() { std::free(data_); }
+Buffer::~Buffer() { std::free(block_); }
 
 Worker::Worker(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, int tile)
     : network_(network),
@@ -35,13 +35,13 @@ Worker::Worker(const Network& network, const Kernels& kernels, const char* packe
       tile_(tile),
       states_(network.geometries.size()) {
   int64_t most = 0;
-  const auto count = [&](const Conv& c) {
-    if (c.algorithm == Algorithm::kWinograd) most = std::max(most, kernels.winograd_scratch(c.depth, round_up(c.out_channels, kLanes)));
+  const auto count = [&](const Conv& c, int64_t pitch) {
+    if (c.algorithm == Algorithm::kWinograd) most = std::max(most, kernels.winograd_scratch(c.depth, round_up(c.out_channels, kLanes), pitch));
   };
-  for (const Conv& c : network.stem) count(c);
+  for (const Conv& c : network.stem) count(c, 0);
   for (const Block& b : network.blocks) {
-    for (const Conv& c : b.convs) count(c);
-    if (b.shortcut == ShortcutKind::kProjection) count(b.projection);
+    for (const Conv& c : b.convs) count(c, b.prologue ? b.in.pitch() : 0);
+    if (b.shortcut == ShortcutKind::kProjection) count(b.projection, 0);
   }
   convolution_ = std::make_unique<Buffer>(most);
   head_ = std::make_unique<Buffer>(4LL * (round_up(network.head_channels, kLanes) + round_up(network.classes, kLanes)));
@@ -54,6 +54,15 @@ void Worker::bind(const Program& program) {
     if (used[g] == states_[g].size()) states_[g].push_back(std::make_unique<Buffer>(4 * network_.geometries[g].image() * tile_));
     bound_.push_back({states_[g][used[g]++]->data(), g});
   }
+}
+
+int64_t Worker::bytes() const {
+  int64_t sum = convolution_->bytes() + head_->bytes();
+  for (const auto& buffers : states_) {
+    for (const auto& b : buffers) sum += b->bytes();
+  }
+  for (const Scratch& s : scratch_) sum += s.buffer->bytes();
+  return sum;
 }
 
 View Worker::view(char* base, const Geometry& g, int bytes) const {
@@ -113,7 +122,11 @@ void Worker::convolve(const Conv& conv, const View& in, View out, const Geometry
   call.height = g.height, call.width = g.width, call.kernel = conv.kernel, call.step = conv.step;
   call.weight = packed_ + conv.weight;
   call.bias = reinterpret_cast<const float*>(packed_ + conv.bias);
-  call.gate = finish.gate, call.out_scale = finish.scale, call.relu = finish.relu;
+  if (finish.prologue) {
+    call.scale = reinterpret_cast<const float*>(packed_ + finish.prologue->scale);
+    call.shift = reinterpret_cast<const float*>(packed_ + finish.prologue->shift);
+  }
+  call.gate = finish.gate, call.out_scale = finish.scale, call.relu = finish.relu, call.mask = finish.mask;
   call.images = images;
   call.scratch = convolution_->data();
   (conv.algorithm == Algorithm::kWinograd ? operand_.winograd : operand_.direct)(call);
@@ -196,15 +209,19 @@ void Worker::branch(const Block& b, const View& from, View to, float gate, int i
   Geometry g = b.in;
   for (size_t i = 0; i < b.convs.size(); ++i) {
     const Conv& c = b.convs[i];
-    in = operand(kOperand, c, in, g, i == 0 && b.prologue ? &b : nullptr, images);
+    const Block* prologue = i == 0 && b.prologue ? &b : nullptr;
+    const Block* within = c.algorithm == Algorithm::kWinograd ? prologue : nullptr;  // the convolution applies it itself
+    in = operand(kOperand, c, in, g, within ? nullptr : prologue, images);
     g.height = (g.height + 2 * c.padding - c.kernel) / c.step + 1;
     g.width = (g.width + 2 * c.padding - c.kernel) / c.step + 1;
     g.channels = c.out_channels, g.stride = round_up(c.out_channels, kLanes);
     if (i + 1 == b.convs.size()) {
+      last.prologue = within;
       convolve(c, in, to, g, last, images);
     } else {
       Finish finish;
       finish.relu = true;
+      finish.prologue = within;
       if (i + 2 == b.convs.size()) finish.scale = gate;  // the gate scales the last convolution's input and its bias
       const View out = scratch(i % 2 ? kMiddle2 : kMiddle, g, images, 4);
       convolve(c, in, out, g, finish, images);

@@ -17,9 +17,12 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   char* data() { return data_; }
+  int64_t bytes() const { return bytes_; }
 
  private:
+  void* block_;
   char* data_;
+  int64_t bytes_;  // of the whole block
 };
 
 // A run of images in memory: pixel (0, 0) of the first one, distances in elements.
@@ -40,9 +43,10 @@ class Worker {
   void stem(const float* images, int count);         // [count][C][H][W] -> buffer 0
   void run(const Step& step, int images);            // RUN or SHORTCUT
   const float* head(const Step& step, int image);    // the logits of one image
+  int64_t bytes() const;                             // of all its buffers so far
 
- private:
-  enum Role { kOperand, kShortcutOperand, kMiddle, kMiddle2, kPooled, kRoles };
+ protected:
+  enum Role { kOperand, kShortcutOperand, kMiddle, kMiddle2, kPooled, kMasked, kRoles };
   struct Scratch {
     Role role;
     Geometry geometry;
@@ -57,10 +61,12 @@ class Worker {
   View operand(Role role, const Conv& conv, const View& from, const Geometry& g, const Block* prologue, int images);
   View activate(Role role, const View& from, const Geometry& g, const Block& block, int images);  // relu(scale * x + shift), fp32
   bool reads_floats(const Conv& conv) const { return conv.algorithm == Algorithm::kWinograd || !operand_.rounded; }
-  struct Finish {  // what happens to a convolution's sums
+  struct Finish {  // what happens to a convolution's sums, and before it to its input
+    const Block* prologue = nullptr;
     const float* residual = nullptr;
     float gate = 1, scale = 1;
     bool relu = false;
+    const uint8_t* mask = nullptr;
   };
   void convolve(const Conv& conv, const View& in, View out, const Geometry& g, const Finish& finish, int images);
   // Writes the shortcut to `to` (not for an identity that reads the state itself).

@@ -44,7 +44,10 @@ RESENS_INLINE void direct_block(const ConvCall& call, const typename Op::T* in, 
       V v = sum[p][n];
       if (call.residual) v = add(v, load(residual + static_cast<int64_t>(p) * call.out_stride + n * W));
       if (call.relu) v = relu(v);
-      store(out + static_cast<int64_t>(p) * call.out_stride + n * W, mul(v, scale));
+      float* to = out + static_cast<int64_t>(p) * call.out_stride + n * W;
+      v = mul(v, scale);
+      if (call.mask) v = keep(v, call.mask, to - call.out);
+      store(to, v);
     }
   }
 }

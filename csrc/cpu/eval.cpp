@@ -1,17 +1,15 @@
 // The tape on all images: tiles of images over threads, every tile executes the same instructions, nothing is
 // exchanged but the final counts (integers, so their order does not matter).
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <exception>
+#include <memory>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "../plan.h"
 #include "block.h"
+#include "parallel.h"
 
 namespace resens::cpu {
 namespace {
@@ -42,9 +40,7 @@ void count(const float* logits, int classes, int64_t label, int64_t word, Counts
   counts.loss[word] += std::llround(std::min(loss, kLossMost) * kLossScale);
 }
 
-struct Shape {
-  int tile, tiles, parts;
-};
+}  // namespace
 
 // Few tiles leave threads idle: then the trie is cut, if the prefixes that are recomputed cost little beside a part.
 Shape choose(const Network& network, const Request& r, const TapeCost& cost) {
@@ -55,15 +51,36 @@ Shape choose(const Network& network, const Request& r, const TapeCost& cost) {
   tile = std::min(tile, r.batch);
   int64_t tiles = (r.batch + tile - 1) / tile, parts = 1;
   if (threads > 1 && tiles < 4 * threads) {
-    const int64_t affordable = static_cast<int64_t>(cost.total / std::max(4 * cost.longest, 1.0));
+    const double words = cost.total / std::max(cost.longest, 1.0);  // as many of the longest cost as much
+    const int64_t affordable = static_cast<int64_t>(words / 4);
     parts = std::clamp<int64_t>((4 * threads + tiles - 1) / tiles, 1, std::max<int64_t>(affordable, 1));
-    if (parts == 1 && r.tile <= 0) {  // smaller tiles, an equal number for each thread
+    if (parts > 1 && parts * tiles >= threads) {
+      parts = std::max<int64_t>(parts * tiles / threads * threads / tiles, 1);  // no last round with few threads at work
+    } else if (r.tile <= 0) {  // smaller tiles, an equal number for each thread
       tiles = std::min((tiles + threads - 1) / threads * threads, r.batch);
       tile = (r.batch + tiles - 1) / tiles;
       tiles = (r.batch + tile - 1) / tile;
+      // Threads that still have no tile repeat prefixes rather than do nothing.
+      parts = std::clamp<int64_t>((threads + tiles - 1) / tiles, 1, std::max<int64_t>(static_cast<int64_t>(words), 1));
     }
   }
   return {static_cast<int>(tile), static_cast<int>(tiles), static_cast<int>(parts)};
+}
+
+namespace {
+
+// The same kernels with nothing in them: a worker that runs them takes its memory, none of which is touched.
+Kernels idle(const Kernels& kernels) {
+  Kernels k = kernels;
+  for (OperandKernels* o : {&k.float32, &k.bfloat16}) {
+    o->winograd = o->direct = [](const ConvCall&) {};
+    o->operand = [](const PassCall&) {};
+    o->stem = [](const StemCall&) {};
+  }
+  k.pass = [](const PassCall&) {};
+  k.pad = [](const PadCall&) {};
+  k.max_pool = [](const MaxPoolCall&) {};
+  return k;
 }
 
 class Evaluation {
@@ -73,65 +90,59 @@ class Evaluation {
     const TapeCost cost = tape_cost(network, r_.tape, r_.gates, r_.length, r_.words);
     shape_ = choose(network, r_, cost);
     programs_ = compile(network, r_.tape, r_.gates, r_.length, r_.words, shape_.parts);
-    items_ = static_cast<int64_t>(programs_.size()) * shape_.tiles;
-    if (r_.control) {
-      int64_t total = 0;
-      for (const Program& p : programs_) total += static_cast<int64_t>(p.steps.size()) * r_.batch;
-      control(2).store(total, std::memory_order_relaxed);
+  }
+
+  Schedule schedule() const {
+    Schedule s;
+    s.tile = shape_.tile, s.tiles = shape_.tiles;
+    const Kernels none = idle(kernels_);
+    Worker worker(network_, none, packed_, dtype_, shape_.tile);
+    for (const Program& p : programs_) {
+      s.costs.push_back(p.cost);
+      worker.bind(p);
+      worker.stem(nullptr, 1);
+      std::vector<bool> seen(2 * network_.blocks.size());
+      for (const Step& step : p.steps) {
+        if (step.op == HEAD || seen[2 * step.index + (step.op == RUN)]) continue;
+        seen[2 * step.index + (step.op == RUN)] = true;
+        worker.run(step, shape_.tile);
+      }
     }
+    s.bytes = worker.bytes() * std::min<int64_t>(std::max(r_.threads, 1), static_cast<int64_t>(programs_.size()) * shape_.tiles);
+    return s;
   }
 
   bool run() {
-    const int threads = static_cast<int>(std::min<int64_t>(std::max(r_.threads, 1), items_));
-    std::vector<std::thread> others;
-    try {
-      for (int t = 1; t < threads; ++t) others.emplace_back([this] { work(); });
-    } catch (...) {
-      fail();
-    }
-    work();
-    for (std::thread& t : others) t.join();
-    if (error_) std::rethrow_exception(error_);
-    return !cancelled();
+    int64_t total = 0;
+    for (const Program& p : programs_) total += static_cast<int64_t>(p.steps.size()) * r_.batch;
+    Crew crew(static_cast<int64_t>(programs_.size()) * shape_.tiles, r_.control, total);
+    return crew.run(std::max(r_.threads, 1), [&] { work(crew); });
   }
 
  private:
-  std::atomic<int64_t>& control(int i) const { return reinterpret_cast<std::atomic<int64_t>*>(r_.control)[i]; }
-  bool cancelled() const { return failed_.load(std::memory_order_relaxed) || (r_.control && control(0).load(std::memory_order_relaxed)); }
-
-  void fail() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!error_) error_ = std::current_exception();
-    failed_.store(true, std::memory_order_relaxed);
-  }
-
-  void work() {
-    try {
-      Worker worker(network_, kernels_, packed_, dtype_, shape_.tile);
-      Counts counts(r_.errors ? r_.words : 0);
-      for (int64_t item; !cancelled() && (item = next_.fetch_add(1)) < items_;) {
-        // All parts of a tile before the next tile: the longest-running items start first only by chance, but images stay in cache.
-        tile(worker, programs_[item % programs_.size()], item / static_cast<int64_t>(programs_.size()), counts);
-      }
-      if (!r_.errors) return;
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (int64_t w = 0; w < r_.words; ++w) {
-        r_.errors[w] += counts.errors[w];
-        r_.loss[w] += counts.loss[w];
-        r_.nonfinite[w] += counts.nonfinite[w];
-      }
-    } catch (...) {
-      fail();
+  void work(Crew& crew) {
+    Worker worker(network_, kernels_, packed_, dtype_, shape_.tile);
+    Counts counts(r_.errors ? r_.words : 0);
+    for (int64_t item; (item = crew.take()) >= 0;) {
+      // All parts of a tile before the next tile: the longest-running items start first only by chance, but images stay in cache.
+      tile(crew, worker, programs_[item % programs_.size()], item / static_cast<int64_t>(programs_.size()), counts);
+    }
+    if (!r_.errors) return;
+    const std::lock_guard<std::mutex> lock(counting_);
+    for (int64_t w = 0; w < r_.words; ++w) {
+      r_.errors[w] += counts.errors[w];
+      r_.loss[w] += counts.loss[w];
+      r_.nonfinite[w] += counts.nonfinite[w];
     }
   }
 
-  void tile(Worker& worker, const Program& program, int64_t index, Counts& counts) {
+  void tile(Crew& crew, Worker& worker, const Program& program, int64_t index, Counts& counts) {
     const int64_t first = index * shape_.tile;
     const int images = static_cast<int>(std::min<int64_t>(shape_.tile, r_.batch - first));
     worker.bind(program);
     worker.stem(r_.images + first * network_.channels * network_.height * network_.width, images);
     for (const Step& step : program.steps) {
-      if (cancelled()) return;
+      if (crew.cancelled()) return;
       if (step.op != HEAD) {
         worker.run(step, images);
       } else {
@@ -141,7 +152,7 @@ class Evaluation {
           if (r_.logits) std::copy_n(logits, network_.classes, r_.logits + (step.index * r_.batch + first + i) * network_.classes);
         }
       }
-      if (r_.control) control(1).fetch_add(images, std::memory_order_relaxed);
+      crew.done(images);
     }
   }
 
@@ -152,24 +163,28 @@ class Evaluation {
   const Request& r_;
   Shape shape_;
   std::vector<Program> programs_;
-  int64_t items_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<bool> failed_{false};
-  std::mutex mutex_;
-  std::exception_ptr error_;
+  std::mutex counting_;
 };
 
 }  // namespace
 
-bool evaluate(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, const Request& r) {
-  if (r.batch <= 0 || r.words <= 0) return true;
-  if (r.errors) {
-    for (int64_t i = 0; i < r.batch; ++i) {
-      if (r.labels[i] < 0 || r.labels[i] >= network.classes) {
-        throw std::invalid_argument("Label " + std::to_string(r.labels[i]) + " of image " + std::to_string(i) + " is not one of " + std::to_string(network.classes) + " classes.");
-      }
+Schedule schedule(const Network& network, const Kernels& kernels, Dtype dtype, const Request& r) {
+  if (r.batch <= 0 || r.words <= 0) return {};
+  const std::unique_ptr<char[]> packed(new char[network.packed_bytes]);  // never read; only for pointers into it
+  return Evaluation(network, kernels, packed.get(), dtype, r).schedule();
+}
+
+void check_labels(const Network& network, const int64_t* labels, int64_t batch) {
+  for (int64_t i = 0; i < batch; ++i) {
+    if (labels[i] < 0 || labels[i] >= network.classes) {
+      throw std::invalid_argument("Label " + std::to_string(labels[i]) + " of image " + std::to_string(i) + " is not one of " + std::to_string(network.classes) + " classes.");
     }
   }
+}
+
+bool evaluate(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, const Request& r) {
+  if (r.batch <= 0 || r.words <= 0) return true;
+  if (r.errors) check_labels(network, r.labels, r.batch);
   return Evaluation(network, kernels, packed, dtype, r).run();
 }
 

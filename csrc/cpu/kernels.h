@@ -18,9 +18,11 @@ struct ConvCall {
   int kernel, step;           // direct only
   const void* weight;
   const float* bias;
+  const float *scale, *shift; // Winograd only: the input is relu(scale * in + shift), zero around it; or null
   float gate;                 // scales the bias
   float out_scale;            // multiplies what is written: the gate of the convolution that reads it
   bool relu;
+  const uint8_t* mask;        // a bit for every float of out, 0 where zero is written instead; lies as out does; or null
   int images;
   void* scratch;
 };
@@ -52,6 +54,42 @@ struct MaxPoolCall {
   float* out;
   int64_t out_image, out_pitch;
   int stride, in_height, in_width, height, width, images, kernel, step, padding;
+};
+
+// One bit for every float of `in`: whether it is positive, or NaN. The bits lie as the floats do, 8 to a byte.
+struct SignsCall {
+  const float* in;
+  int64_t in_image, in_pitch;
+  uint8_t* bits;
+  int stride, height, width, images;
+};
+
+constexpr int kMostMasks = 8;
+
+// out = in where all masks have their bit, else 0.
+struct MaskCall {
+  const float* in;
+  int64_t in_image, in_pitch;
+  float* out;
+  int64_t out_image, out_pitch;
+  int stride, height, width, images;
+  const uint8_t* masks[kMostMasks];  // lie as out does
+  int count;
+};
+
+// The transpose of subsampling or of a mean: pixel (y, x) of out is share * in[y / step][x / step], of channel c that of
+// channel before + c; zero where there is no such pixel or channel or, unless `fill`, where step does not divide y and x.
+struct SpreadCall {
+  const float* in;
+  int64_t in_image, in_pitch;
+  float* out;
+  int64_t out_image, out_pitch;
+  int in_stride, out_stride, in_height, in_width, height, width, images;
+  int channels, before, step;
+  bool fill;
+  float share;
+  const float* scale;   // [channels rounded up], or null
+  const uint8_t* mask;  // lies as out does; or null
 };
 
 struct HeadCall {
@@ -93,7 +131,12 @@ struct Kernels {
   void (*pad)(const PadCall&);
   void (*max_pool)(const MaxPoolCall&);
   void (*head)(const HeadCall&);
-  int64_t (*winograd_scratch)(int depth, int out_stride);  // bytes
+  void (*signs)(const SignsCall&);
+  void (*mask)(const MaskCall&);
+  void (*spread)(const SpreadCall&);
+  float (*largest)(const float* in, int64_t pitch, int stride, int height, int width, int every);  // magnitude, in every so many rows
+  double (*squares)(const float* in, int64_t pitch, int stride, int height, int width);  // their sum over one image
+  int64_t (*winograd_scratch)(int depth, int out_stride, int64_t in_pitch);  // bytes
   double (*multiply_adds)(int64_t rounds);                 // a yardstick: returns the operations it did
 };
 

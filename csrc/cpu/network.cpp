@@ -208,4 +208,38 @@ Network read_network(const int32_t* layout, int64_t length, const Kernels& kerne
   return n;
 }
 
+Network transpose(const Network& n, const Kernels& kernels, int last) {
+  Network t;
+  Arranger arranger(kernels, Dtype::kFloat32);
+  t.geometries.push_back(last < 0 ? n.geometries[0] : n.blocks[last].out);
+  const auto conv = [&](const Conv& c, const Geometry& from) {
+    Conv back;
+    back.in_channels = c.out_channels, back.out_channels = c.in_channels;
+    back.kernel = c.kernel, back.padding = c.kernel - 1 - c.padding, back.spread = c.step;
+    arranger.place(back, from);
+    return back;
+  };
+  for (const Block& b : n.blocks) {
+    Block back = b;
+    back.convs.clear();
+    Geometry from = b.in;
+    for (const Conv& c : b.convs) {
+      back.convs.insert(back.convs.begin(), conv(c, from));
+      from = convolved(from, c);
+    }
+    if (b.prologue) back.scale = arranger.vector(b.in.channels);
+    if (b.shortcut == ShortcutKind::kProjection) {
+      const int pool = std::max(b.pool, 1);
+      back.projection = conv(b.projection, geometry(b.in.channels, b.in.height / pool, b.in.width / pool));
+    }
+    std::swap(back.in, back.out);
+    back.in_id = find_or_add(t.geometries, back.in);
+    back.out_id = find_or_add(t.geometries, back.out);
+    t.blocks.push_back(std::move(back));
+  }
+  t.head_channels = n.geometries[0].channels;
+  t.packed_bytes = arranger.used();
+  return t;
+}
+
 }  // namespace resens::cpu

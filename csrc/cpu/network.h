@@ -37,7 +37,15 @@ struct Conv {
   Algorithm algorithm = Algorithm::kDirect;
   int depth = 0;                         // input channels the packed weights span
   int64_t weight = 0, bias = 0;          // in bytes, in the packed array
+  int spread = 1;                        // transposed convolutions only: the stride of the one they are the transpose of
 };
+
+inline Geometry convolved(const Geometry& in, const Conv& c) {
+  Geometry out;
+  out.channels = c.out_channels, out.stride = round_up(c.out_channels, kLanes);
+  out.height = (in.height + 2 * c.padding - c.kernel) / c.step + 1, out.width = (in.width + 2 * c.padding - c.kernel) / c.step + 1;
+  return out;
+}
 
 enum class ShortcutKind : int32_t { kIdentity = 0, kPad = 1, kProjection = 2 };
 
@@ -79,6 +87,15 @@ Network read_network(const int32_t* layout, int64_t length, const Kernels& kerne
 // Packs the folded parameters (`raw_length` floats) into `packed` (network.packed_bytes, aligned to 64 bytes, zeroed).
 void pack(const Network& network, const Kernels& kernels, Dtype dtype, const float* raw, int64_t raw_length, char* packed);
 
+// The network read from the loss end, for gradients: every block leads from its output's shape to its input's, its
+// convolutions are the transposes in reverse order (flipped filters, channels exchanged, stride 1 over pixels `spread`
+// apart; the prologue's scale is in the weights of the last one), its other fields are those of the forward's block.
+// No stem and no head; the gradient starts as the output of block `last` (none: -1).
+Network transpose(const Network& network, const Kernels& kernels, int last);
+
+// Packs the folded parameters of `network` for its transpose; otherwise as `pack`.
+void pack_transposed(const Network& network, const Network& transposed, const Kernels& kernels, const float* raw, int64_t raw_length, char* packed);
+
 // One step of a compiled program: HEAD reads `source`; the others write `target` (which may be `source`).
 struct Step {
   int32_t op = 0, index = 0;  // plan.h's Op; block or word
@@ -116,6 +133,32 @@ struct Request {
   float* logits = nullptr;          // [words][batch][classes], or null
   int64_t* control = nullptr;       // [0] cancel (set by the caller), [1] steps x images done, [2] their total; or null
 };
+
+// What path gradients are asked for: words are read from the loss end (resens_fast/gradient_plan.py), the forward is intact.
+struct GradientRequest {
+  const float* images = nullptr;    // [batch][C][H][W]
+  const int64_t* labels = nullptr;  // [batch]
+  int64_t batch = 0, words = 0;
+  const int64_t* order = nullptr;   // [blocks]: the forward's
+  const int32_t* tape = nullptr;    // [length][2]
+  const float* gates = nullptr;     // [length]
+  int64_t length = 0;
+  int threads = 1, tile = 0;        // tile 0: chosen
+  double* norms = nullptr;          // [words][batch]
+  float* gradients = nullptr;       // [words][batch][C][H][W] of the first block's input, or null
+  int64_t* control = nullptr;       // as in Request
+};
+
+// The gradient of each image's own cross-entropy at the first block's input along every path; false when cancelled.
+// `packed` and `packed_transposed` are of float32. Throws std::bad_alloc and std::invalid_argument.
+bool path_gradients(const Network& network, const Kernels& kernels, const char* packed, const char* packed_transposed, const GradientRequest& request);
+// How a request is cut, and the memory it takes, without doing anything.
+struct Schedule {
+  int tile = 0, tiles = 0;
+  std::vector<double> costs;  // multiply-adds per image of each part of the tape; every tile runs every part
+  int64_t bytes = 0;          // of states and scratch, all threads together
+};
+Schedule schedule(const Network& network, const Kernels& kernels, Dtype dtype, const Request& request);
 
 // Runs the whole tape on all images; false when cancelled. Throws std::bad_alloc and std::invalid_argument.
 bool evaluate(const Network& network, const Kernels& kernels, const char* packed, Dtype dtype, const Request& request);

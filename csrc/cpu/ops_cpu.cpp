@@ -1,4 +1,4 @@
-// Binds the CPU engine: resens_fast::cpu_pack, resens_fast::eval (CPU) and resens_fast::cpu_isas.
+// Binds the CPU engine: resens_fast::cpu_pack, resens_fast::eval on CPU tensors and resens_fast::cpu_isas.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -6,36 +6,13 @@
 #include <torch/library.h>
 
 #include <new>
+#include <optional>
 
-#include "kernels.h"
-#include "network.h"
+#include "ops_cpu.h"
 
 namespace {
 
-using resens::cpu::Dtype;
-
-void check(const at::Tensor& t, at::ScalarType dtype, const char* name) {
-  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == dtype && t.is_contiguous(), name, " must be a contiguous ", dtype, " tensor on the CPU, not ",
-                    t.scalar_type(), " on ", t.device());
-}
-
-Dtype operand(bool rounded) { return rounded ? Dtype::kBFloat16 : Dtype::kFloat32; }
-
-resens::cpu::Network network_of(const at::Tensor& layout, const std::string& isa, bool rounded) {
-  check(layout, at::kInt, "layout");
-  return resens::cpu::read_network(layout.const_data_ptr<int32_t>(), layout.numel(), resens::cpu::kernels_named(isa.c_str()), operand(rounded));
-}
-
-template <typename F>
-auto with_python_errors(F&& f) {
-  try {
-    return f();
-  } catch (const std::invalid_argument& e) {
-    TORCH_CHECK_VALUE(false, e.what());
-  } catch (const std::bad_alloc&) {
-    TORCH_CHECK_WITH(OutOfMemoryError, false, "There is not enough memory for the states of a tile of images on every thread; use fewer threads or smaller batches.");
-  }
-}
+using namespace resens::cpu;  // check and its like
 
 // layout: int32, raw: the folded float32 parameters it points into -> uint8, what eval reads.
 at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string isa, bool rounded) {
@@ -49,14 +26,15 @@ at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string
   });
 }
 
-// images [B, C, H, W] float32, labels [B] int64 (empty: only logits), tape [T, 2] int32, gates [T] float32,
-// logits: the number of classes, or 0 when they stay inside; control [3] int64: [0] set to cancel, [1] steps x images done, [2] their number.
-// -> counts [3, words] int64 (errors, loss, nonfinite), logits [words, B, classes] float32 (or empty).
+// The CPU's eval (schema: ops.cpp). program: tape [T, 2] int32 and gates [T] float32; control [3] int64: [0] set to cancel, [1] steps x images done, [2] their number.
 // A cancelled call returns what was counted so far; the caller knows that it asked for that.
 std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::Tensor& labels, const at::Tensor& layout, const at::Tensor& packed,
-                                            std::string isa, bool rounded, const at::Tensor& tape, const at::Tensor& gates, int64_t words,
-                                            int64_t threads, int64_t tile, int64_t logits, const at::Tensor& control) {
+                                            at::TensorList program, int64_t words, int64_t logits, int64_t threads, int64_t tile, std::string isa, bool rounded,
+                                            const std::optional<at::Tensor>& progress) {
   return with_python_errors([&] {
+    TORCH_CHECK_VALUE(program.size() == 2, "program is the tape and its gates, not ", program.size(), " tensors");
+    const at::Tensor &tape = program[0], &gates = program[1];
+    const at::Tensor control = progress ? *progress : at::zeros({3}, at::kLong);
     const auto network = network_of(layout, isa, rounded);
     check(images, at::kFloat, "images");
     check(labels, at::kLong, "labels");
@@ -93,6 +71,28 @@ std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::
   });
 }
 
+// How eval would cut `batch` images and the tape: (bytes that all threads take together, images in a tile, tiles,
+// multiply-adds per image of each part of the tape).
+std::tuple<int64_t, int64_t, int64_t, std::vector<double>> cpu_schedule(const at::Tensor& layout, std::string isa, bool rounded, const at::Tensor& tape,
+                                                                        const at::Tensor& gates, int64_t words, int64_t batch, int64_t threads,
+                                                                        int64_t tile) {
+  return with_python_errors([&] {
+    const auto network = network_of(layout, isa, rounded);
+    check(tape, at::kInt, "tape");
+    check(gates, at::kFloat, "gates");
+    TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(), " with ",
+                      gates.numel());
+    resens::cpu::Request r;
+    r.batch = batch, r.words = words;
+    r.tape = tape.const_data_ptr<int32_t>();
+    r.gates = gates.const_data_ptr<float>();
+    r.length = tape.size(0);
+    r.threads = static_cast<int>(threads), r.tile = static_cast<int>(tile);
+    const auto s = resens::cpu::schedule(network, resens::cpu::kernels_named(isa.c_str()), operand(rounded), r);
+    return std::make_tuple(s.bytes, static_cast<int64_t>(s.tile), static_cast<int64_t>(s.tiles), s.costs);
+  });
+}
+
 // The instruction sets this machine runs, best first.
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
@@ -109,10 +109,11 @@ double cpu_multiply_adds(std::string isa, int64_t rounds) {
 TORCH_LIBRARY_FRAGMENT(resens_fast, m) {
   m.def("cpu_multiply_adds(str isa, int rounds) -> float", &cpu_multiply_adds);
   m.def("cpu_isas() -> str[]", &cpu_isas);
-  m.def("cpu_pack(Tensor layout, Tensor raw, str isa, bool rounded) -> Tensor");
   m.def(
-      "eval(Tensor images, Tensor labels, Tensor layout, Tensor packed, str isa, bool rounded, Tensor tape, Tensor gates, int words, int threads, "
-      "int tile, int logits, Tensor(a!) control) -> (Tensor, Tensor)");
+      "cpu_schedule(Tensor layout, str isa, bool rounded, Tensor tape, Tensor gates, int words, int batch, int threads, int tile) "
+      "-> (int, int, int, float[])",
+      &cpu_schedule);
+  m.def("cpu_pack(Tensor layout, Tensor raw, str isa, bool rounded) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(resens_fast, CPU, m) {

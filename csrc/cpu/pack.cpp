@@ -120,4 +120,29 @@ void pack(const Network& n, const Kernels& kernels, Dtype dtype, const float* ra
   copy(n.head_bias, n.raw_head_bias, n.classes);
 }
 
+void pack_transposed(const Network& n, const Network& transposed, const Kernels& kernels, const float* raw, int64_t raw_length, char* packed) {
+  const Source source(raw, raw_length);
+  const auto conv = [&](const Conv& c, const Conv& back, const float* scale) {
+    const int taps = c.kernel * c.kernel;
+    const float* weight = source.at(c.raw_weight, static_cast<int64_t>(c.out_channels) * c.in_channels * taps);
+    std::vector<float> flipped(static_cast<size_t>(c.out_channels) * c.in_channels * taps);
+    for (int o = 0; o < c.out_channels; ++o) {
+      for (int i = 0; i < c.in_channels; ++i) {
+        const float* from = weight + (static_cast<int64_t>(o) * c.in_channels + i) * taps;
+        float* to = flipped.data() + (static_cast<int64_t>(i) * c.out_channels + o) * taps;
+        for (int t = 0; t < taps; ++t) to[t] = scale ? scale[i] * from[taps - 1 - t] : from[taps - 1 - t];
+      }
+    }
+    pack_conv(back, kernels, kernels.float32, flipped.data(), std::vector<float>(c.in_channels).data(), packed);
+  };
+  for (size_t j = 0; j < n.blocks.size(); ++j) {
+    const Block &b = n.blocks[j], &back = transposed.blocks[j];
+    const float* scale = b.prologue ? source.at(b.raw_scale, b.in.channels) : nullptr;
+    if (scale) std::memcpy(packed + back.scale, scale, sizeof(float) * b.in.channels);
+    const size_t last = b.convs.size() - 1;
+    for (size_t i = 0; i <= last; ++i) conv(b.convs[i], back.convs[last - i], i == 0 ? scale : nullptr);
+    if (b.shortcut == ShortcutKind::kProjection) conv(b.projection, back.projection, b.activated ? scale : nullptr);
+  }
+}
+
 }  // namespace resens::cpu

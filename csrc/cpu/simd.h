@@ -33,6 +33,13 @@ RESENS_INLINE V relu(V v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 RESENS_INLINE V larger(V a, V b) {  // NaN if either is
   return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }
+// W bits: whether a lane is positive or NaN. And v where the bits, 8 to a byte, from number `at` on are set, else 0.
+RESENS_INLINE int positive(V v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+RESENS_INLINE V keep(V v, const uint8_t* bits, int64_t at) {
+  uint16_t m;
+  __builtin_memcpy(&m, bits + at / 8, 2);
+  return _mm512_maskz_mov_ps(m, v);
+}
 RESENS_INLINE V round_bf16(V v) {
   const __m512i u = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
   const __m512i bias = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), one));
@@ -51,6 +58,11 @@ RESENS_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 RESENS_INLINE V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
 RESENS_INLINE V relu(V v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
 RESENS_INLINE V larger(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+RESENS_INLINE int positive(V v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)); }
+RESENS_INLINE V keep(V v, const uint8_t* bits, int64_t at) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[at / 8]), lane), lane)));
+}
 RESENS_INLINE V round_bf16(V v) {
   const __m256i u = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
   const __m256i bias = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(_mm256_srli_epi32(u, 16), one));
@@ -72,6 +84,14 @@ RESENS_INLINE V fnma(V a, V b, V c) { return c - a * b; }
 RESENS_INLINE V choose(I mask, V yes, V no) { return (V)((mask & (I)yes) | (~mask & (I)no)); }
 RESENS_INLINE V relu(V v) { return (V)(~(v <= all(0.0f)) & (I)v); }
 RESENS_INLINE V larger(V a, V b) { return choose((a > b) | (a != a), a, b); }
+RESENS_INLINE int positive(V v) {
+  const I p = ~(v <= all(0.0f)) & I{1, 2, 4, 8};
+  return p[0] | p[1] | p[2] | p[3];
+}
+RESENS_INLINE V keep(V v, const uint8_t* bits, int64_t at) {
+  const int m = bits[at / 8] >> (at & 4);
+  return (V)(((I{m, m, m, m} & I{1, 2, 4, 8}) != 0) & (I)v);
+}
 RESENS_INLINE V round_bf16(V v) {
   const I u = (I)v, bias = ((u >> 16) & 1) + 0x7fff;  // the arithmetic shift's sign bits are masked away
   return choose(v == v, (V)((u + bias) & static_cast<int32_t>(0xffff0000)), v);

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include "direct.h"
+#include "masks.h"
 #include "passes.h"
 #include "winograd.h"
 
@@ -33,6 +34,11 @@ const Kernels kernels = {RESENS_NAME,
                          &pad,
                          &max_pool,
                          &head,
+                         &signs,
+                         &mask,
+                         &spread,
+                         &largest,
+                         &squares,
                          &winograd_scratch,
                          &multiply_adds};
 

@@ -113,13 +113,17 @@ bool check(const Case& c, const Kernels& kernels, Dtype dtype) {
 
 }  // namespace
 
-int main() {
+// Arguments: the names of the instruction sets to run; none: all.
+int main(int count, char** names) {
   const Case cases[] = {
       {3, 16, 16, 16, 32, false, false, 1}, {3, 16, 16, 16, 32, false, true, 2}, {3, 9, 13, 32, 64, false, false, 2}, {1, 8, 8, 64, 64, false, true, 1},
       {3, 7, 5, 3, 10, false, false, 1},    {2, 12, 8, 17, 65, true, true, 2},   {3, 8, 8, 48, 80, false, true, 3},   {3, 2, 3, 16, 16, true, false, 2},
       {1, 1, 1, 16, 16, false, false, 2},
   };
   for (int k = 0; k < kernel_count(); ++k) {
+    bool wanted = count == 1;
+    for (int i = 1; i < count; ++i) wanted |= std::strcmp(names[i], kernels_at(k).name) == 0;
+    if (!wanted) continue;
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
       for (size_t i = 0; i < std::size(cases); ++i) {
         if (check(cases[i], kernels_at(k), dtype)) continue;

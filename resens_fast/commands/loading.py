@@ -61,6 +61,8 @@ def load(
         network = from_factory(model)
         if checkpoint is not None:
             load_checkpoint(network, checkpoint)
+        else:
+            print(f"no --checkpoint: the weights are those that {model} makes", flush=True)
         if (mean is None) != (std is None):
             raise DataError("--mean and --std belong together: give both or neither")
         card = {"name": model}
@@ -84,6 +86,12 @@ def load(
     images = datasets.open(data, card=card, limit=limit)
     check_channels(network, images, model)
     net = wrap(network.eval(), example=images[0][0][None])
+    count = len(images.classes)
+    if count != net.structure.classes:
+        raise DataError(
+            f"{images.name} has {count} class{'es' * (count != 1)}, but {model} tells {net.structure.classes} apart: "
+            "its labels would not mean the same; choose the data that the network was trained on"
+        )
     return Loaded(model, net, images, images.name)
 
 
@@ -249,13 +257,8 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
-def torch_device(name: str | None) -> str | None:
-    """The device's name if this machine has it.  Raises EngineError otherwise."""
-    import torch
+def torch_device(names: str | None) -> str | None:
+    """The name of the first device, if this machine has them all.  Raises EngineError otherwise."""
+    from ..engines.several import devices
 
-    if name is not None:
-        try:
-            torch.zeros(1, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise EngineError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
+    return None if names is None else str(devices(names)[0])

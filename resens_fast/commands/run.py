@@ -71,7 +71,7 @@ class Job:
 
             torch.set_num_threads(how.threads)
         self.loaded = target.load()
-        self.net = self.loaded.net if how.device is None else self.loaded.net.to(how.device)
+        self.net = self.loaded.net if self.device is None else self.loaded.net.to(self.device)
         self._existed = out.exists()
 
     def __enter__(self) -> Job:

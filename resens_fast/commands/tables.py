@@ -61,10 +61,13 @@ def print_study(study: Study, name: str, data: str, everything: bool = False) ->
     """Everything a study found, as tables; `everything` prints all rows of the long ones."""
     frame, structure = study.frame, study.structure
     engine = study.manifest["engine"]
+    memory = f" in {engine['footprint'] / 2**20:,.0f} MiB" if engine.get("footprint") else ""
     print(
-        f"\n{name} on {data}: {study.images:,} images, engine {engine['name']}, {engine['dtype']}, "
+        f"\n{name} on {data}: {study.images:,} images, engine {engine['name']}, {engine['dtype']}{memory}, "
         f"{study.manifest['seconds']:.1f} s"
     )
+    if engine.get("path"):
+        print(f"the {engine['name']} engine took the {engine['path']}")
     intact = frame[frame["kind"] == "intact"]
     if len(intact):
         row = intact.iloc[0]

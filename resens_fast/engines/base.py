@@ -90,6 +90,9 @@ class Executor(ABC):
 
     batch: int
 
+    footprint: int | None = None
+    """Bytes it takes for states and scratch, however many images and configurations there are; None if it depends."""
+
     @abstractmethod
     def tally(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> Tally:
         """Errors, loss and non-finite counts of every word; images [B, C, H, W] and labels int64 [B] on any device."""

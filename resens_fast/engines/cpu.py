@@ -17,10 +17,13 @@ import torch
 
 from .. import extension
 from ..plan import HEAD, RUN
-from .base import Engine, Executor, Progress, Tally
+from .base import Engine, Executor, GradientExecutor, Progress, Tally
+from .ops import has_kernel
 from .packed import Packed, packed
 
 if TYPE_CHECKING:
+    from ..fused import FusedNetwork
+    from ..gradient_plan import GradientPlan
     from ..network import ResidualNetwork
     from ..plan import Plan
 
@@ -32,6 +35,7 @@ _CALL_SECONDS, _MOST_IMAGES, _TILE = 10.0, 512, 16
 _RATE = 1.5e11
 
 
+@functools.cache
 def isas() -> tuple[str, ...]:
     """The instruction sets the engine has on this machine, best first; empty without the extension."""
     if extension.module() is None or not hasattr(torch.ops.resens_fast, "cpu_isas"):
@@ -44,27 +48,18 @@ def chosen_isa() -> str:
     return os.environ.get("RESENS_FAST_ISA") or next(iter(isas()), "")
 
 
-@functools.cache
-def _register_fake() -> None:
-    # Shapes for torch.compile and opcheck: a fake tape cannot be read, so the number of words is an argument.
-    @torch.library.register_fake("resens_fast::eval")
-    def _(
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        layout: torch.Tensor,
-        packed: torch.Tensor,
-        isa: str,
-        rounded: bool,
-        tape: torch.Tensor,
-        gates: torch.Tensor,
-        words: int,
-        threads: int,
-        tile: int,
-        logits: int,
-        control: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = torch.empty(3, words, dtype=torch.int64)
-        return counts, torch.empty((words, images.shape[0], logits) if logits else (0,))
+def image_seconds(fused: FusedNetwork, tape: np.ndarray) -> float:
+    """Roughly, what the RUN instructions of a tape take for one image on one thread."""
+    costs = [sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2] for b in fused.blocks]
+    tape = tape.reshape(-1, 2)
+    return float(np.asarray([*costs, 0.0])[tape[tape[:, 0] == RUN, 1]].sum()) / _RATE
+
+
+def images_per_call(seconds: float) -> int:
+    """How many images make a call of the length that suits a study, when one takes so long on one thread."""
+    threads = torch.get_num_threads()
+    images = int(_CALL_SECONDS * threads / max(seconds, 1e-9)) // (_TILE * threads) * _TILE * threads
+    return min(max(images, _TILE), _MOST_IMAGES)
 
 
 class Call:
@@ -79,25 +74,29 @@ class Call:
         self.tape = torch.from_numpy(np.ascontiguousarray(tape, dtype=np.int32).reshape(-1, 2))
         self.gates = torch.from_numpy(np.ascontiguousarray(gates, dtype=np.float32))
         self.tile = 0
-        costs = [
-            sum(c.weight.numel() / c.stride**2 for c in b.convs) * b.shape_in[1] * b.shape_in[2]
-            for b in weights.fused.blocks
-        ]
-        runs = self.tape[self.tape[:, 0] == RUN, 1].numpy()
-        self.seconds = float(np.asarray([*costs, 0.0])[runs].sum()) / _RATE  # of one image on one thread, roughly
+        self.seconds = image_seconds(weights.fused, tape)
+
+    def schedule(self, images: int, threads: int) -> tuple[int, int, int, list[float]]:
+        """How so many images are cut: bytes of all threads together, images in a tile, tiles, and the multiply-adds
+        per image of each part of the tape (every tile runs every part).
+        """
+        return torch.ops.resens_fast.cpu_schedule(  # type: ignore[no-any-return]
+            self.layout, self.isa, self.rounded, self.tape, self.gates, self.words, images, threads, self.tile
+        )
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor | None, control: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts int64 [3, W], and logits float32 [W, B, K] when there are no labels; the GIL is free meanwhile."""
         none = torch.empty(0, dtype=torch.int64)
-        return torch.ops.resens_fast.eval(  # type: ignore[no-any-return]
-            images, none if labels is None else labels, self.layout, self.packed, self.isa, self.rounded, self.tape, self.gates,  # noqa: E501
-            self.words, torch.get_num_threads(), self.tile, self.classes if labels is None else 0, control,
+        counts, logits = torch.ops.resens_fast.eval(
+            images, none if labels is None else labels, self.layout, self.packed, [self.tape, self.gates], self.words,
+            self.classes if labels is None else 0, torch.get_num_threads(), self.tile, self.isa, self.rounded, control,
         )  # fmt: skip
+        return counts, logits
 
 
-def _interruptible(call: Callable[[], Any], control: torch.Tensor, progress: Progress | None) -> Any:
+def interruptible(call: Callable[[], Any], control: torch.Tensor, progress: Progress | None) -> Any:
     """The result of `call`, made in a thread of its own, so that Ctrl-C and progress reach Python meanwhile."""
     result: list[Any] = []
     error: list[BaseException] = []
@@ -133,9 +132,8 @@ class CpuExecutor(Executor):
     def __init__(self, net: ResidualNetwork, plan: Plan, dtype: torch.dtype) -> None:
         tape = plan.tape()
         self.call = Call(packed(net), chosen_isa(), dtype == torch.bfloat16, tape.instructions, tape.gates, plan.words)
-        threads = torch.get_num_threads()
-        images = int(_CALL_SECONDS * threads / max(self.call.seconds, 1e-9)) // (_TILE * threads) * _TILE * threads
-        self.batch = min(max(images, _TILE), _MOST_IMAGES)
+        self.batch = images_per_call(self.call.seconds)
+        self.footprint = self.call.schedule(self.batch, torch.get_num_threads())[0]
 
     def _run(
         self, images: torch.Tensor, labels: torch.Tensor | None, progress: Progress | None
@@ -144,7 +142,7 @@ class CpuExecutor(Executor):
         images = images.detach().to("cpu", torch.float32).contiguous()
         if labels is not None:
             labels = labels.detach().to("cpu", torch.int64).contiguous()
-        return _interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]
+        return interruptible(lambda: self.call(images, labels, control), control, progress)  # type: ignore[no-any-return]
 
     def tally(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> Tally:
         if len(images) == 0:
@@ -166,8 +164,7 @@ class CpuEngine(Engine):
             return "resens_fast._C was built without csrc/cpu"
         if chosen_isa() not in isas():
             return f"RESENS_FAST_ISA is {chosen_isa()!r}, but this machine has {', '.join(isas())}"
-        _register_fake()
-        return None
+        return None if has_kernel("cpu") else "resens_fast._C was built without csrc/cpu"
 
     def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -178,6 +175,22 @@ class CpuEngine(Engine):
 
     def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
         return CpuExecutor(net, plan, dtype)
+
+    def refuses_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> str | None:
+        if dtype == torch.bfloat16:
+            return "its gradients are in float32 only, not in torch.bfloat16"
+        if at != "first_block":
+            return f"its gradients are those at first_block, not at {at}"
+        return self.refuses(net, device, dtype)
+
+    def prepare_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> GradientExecutor:
+        from .cpu_gradients import CpuGradients
+
+        return CpuGradients(net, plan)
 
 
 class FastForward:
@@ -213,10 +226,8 @@ class FastForward:
             return None
         if net.dtype != torch.float32 or net.device.type != "cpu" or CpuEngine().missing() is not None:
             return None
-        if any(m._forward_hooks or m._forward_pre_hooks or m.training for m in net.model.modules()):
-            return None
         state = packed(net)
-        if state.reason is not None:
+        if state.reason is not None or not state.watch.plain():
             return None
         if state is not self.state:
             n = len(net.blocks)
@@ -227,4 +238,4 @@ class FastForward:
         call, control, images = self.call, torch.zeros(3, dtype=torch.int64), x.contiguous()
         if self.call.seconds * len(x) < 0.5:  # too short to be worth interrupting
             return call(images, None, control)[1][0]
-        return _interruptible(lambda: call(images, None, control)[1], control, None)[0]  # type: ignore[no-any-return]
+        return interruptible(lambda: call(images, None, control)[1], control, None)[0]  # type: ignore[no-any-return]
