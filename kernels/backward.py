@@ -15,6 +15,7 @@ from torch import Tensor
 from ..plan import HEAD, RUN, Levels
 from . import launch, tiles
 from .loss import loss_gradient, square_norms
+from .normalise import normalise
 from .pack import BlockShape, ConvShape, Group, Head, Packed, width
 from .schedule import Launch, Schedule, schedule
 from .signs import signs
@@ -23,6 +24,8 @@ from .weights import weight_gradient
 
 BLOCK = 256
 """Words of 16 elements that a program of `signs` takes; of 4 elements for `square_norms`."""
+EVERY = 8
+"""Blocks between two normalisations of a path: each shrinks the gradient by a power of ten or so."""
 CHUNKS, PROGRAMS = (8, 256), 512
 """How many chunks of pixels a program of `weight_gradient` adds up: so few that there are so many programs."""
 
@@ -40,9 +43,11 @@ class Trail:
     """For each group: int16 [slots, words], the ReLU that closed the block before; all ones at the first block."""
     logits: Tensor
     """float32 [batch * classes]"""
+    exponents: Tensor
+    """int32 [buffers, batch], of the gradients in the state buffers"""
 
     @classmethod
-    def allocate(cls, packed: Packed, order: tuple[int, ...], batch: int) -> Trail:
+    def allocate(cls, packed: Packed, order: tuple[int, ...], batch: int, buffers: int) -> Trail:
         rows = [[RUN, block, i % 2, (i + 1) % 2, i] for i, block in enumerate(order)]
         rows.append([HEAD, 0, len(order) % 2, -1, len(order)])
         table = np.array(rows, dtype=np.int32)
@@ -62,6 +67,7 @@ class Trail:
             ),
             tuple(bits(group, 0, group.shape.closing) for group in packed.groups),
             torch.empty(batch * packed.head.classes, device=packed.device),
+            torch.zeros(buffers, batch, device=packed.device, dtype=torch.int32),
         )
 
 
@@ -78,6 +84,23 @@ def bits_per_image(packed: Packed) -> int:
             relus = feeding_relu(group.shape, index) + (index == 0 and group.shape.closing)
             total += len(group.blocks) * relus * width(conv.c) * conv.height * conv.width // 8
     return total
+
+
+def marked(steps: Schedule, dtype: torch.dtype) -> tuple[Schedule, Tensor]:
+    """The schedule with gates between 0.5 and 1, and what `normalise` needs to know: int32 [steps, 2]."""
+    every = 1 if dtype == torch.float16 else EVERY
+    mantissas, shifts = np.frexp(steps.gates.cpu().numpy())
+    marks, made = np.stack([np.zeros_like(shifts), shifts], axis=1), [0] * steps.buffers
+    rows = steps.steps.tolist()
+    for each in steps.launches:
+        for i in range(each.first, each.first + each.count):
+            source, destination, _ = rows[i]
+            if each.op != HEAD:
+                made[destination] = made[source] + 1
+                marks[i, 0] = made[destination] % every == 0
+    device = steps.gates.device
+    gates = torch.from_numpy(mantissas.astype(np.float32)).to(device)
+    return replace(steps, gates=gates), torch.from_numpy(marks.astype(np.int32)).to(device)
 
 
 def with_forward(backward: Schedule, trail: Trail) -> Schedule:
@@ -194,7 +217,7 @@ def forward(packed: Packed, memory: launch.Memory, trail: Trail, images: int) ->
     grid = (launch.cdiv(images, constants["BLOCK_I"]), launch.cdiv(constants["C"], constants["BLOCK_C"]))
     loss_gradient[grid](
         trail.logits, memory.labels, packed.head.weight, packed.head.scale, packed.head.shift, last, memory.states[0],
-        images, **constants, **launch.OPTIONS,
+        trail.exponents, images, **constants, **launch.OPTIONS,
     )  # fmt: skip
 
 
@@ -272,11 +295,27 @@ def skip(packed: Packed, memory: launch.Memory, steps: Schedule, trail: Trail, e
     )  # fmt: skip
 
 
-def norms(memory: launch.Memory, steps: Schedule, found: Tensor, each: Launch, images: int, elements: int) -> None:
-    """HEAD: the squares of the norms of one launch's paths into found, float64 [words, images]."""
+def scale(
+    packed: Packed, memory: launch.Memory, steps: Schedule, trail: Trail, marks: Tensor, each: Launch, images: int
+) -> None:
+    """Behind RUN and SHORTCUT: the exponents of what one launch's steps have written."""
+    channels, height, columns = packed.groups[each.group].shape.shape_in
+    normalise[(each.count * images,)](
+        memory.states, trail.exponents, steps.steps, marks, each.first, images, trail.exponents.shape[1],
+        memory.states.stride(0), ELEMENTS=width(channels) * height * columns, BLOCK=4 * BLOCK, **launch.OPTIONS,
+    )  # fmt: skip
+
+
+def norms(
+    memory: launch.Memory, steps: Schedule, trail: Trail, found: tuple[Tensor, Tensor], each: Launch, images: int,
+    elements: int,
+) -> None:  # fmt: skip
+    """HEAD: of one launch's paths the squares of the norms, float64 [words, images], and the powers of two by which the
+    norms are to be multiplied, int32.
+    """
     square_norms[(each.count * images,)](
-        memory.states, found, steps.steps, each.first, images, memory.states.stride(0),
-        ELEMENTS=elements, BLOCK=4 * BLOCK, **launch.OPTIONS,
+        memory.states, trail.exponents, *found, steps.steps, each.first, images, trail.exponents.shape[1],
+        memory.states.stride(0), ELEMENTS=elements, BLOCK=4 * BLOCK, **launch.OPTIONS,
     )  # fmt: skip
 
 

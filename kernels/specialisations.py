@@ -31,10 +31,12 @@ TYPED = {
     "shortcut_transpose": ("states_ptr", "weight_ptr"),
     "loss_gradient": ("state_ptr", "out_ptr"),
     "square_norms": ("states_ptr",),
+    "normalise": ("states_ptr",),
     "weight_gradient": ("in_ptr", "g_ptr"),
 }
 POINTERS = {"steps_ptr": "*i32", "labels_ptr": "*i64", "counts_ptr": "*i64", "norms_ptr": "*fp64"}
 POINTERS |= dict.fromkeys(("bits_ptr", "relu_ptr", "closed_ptr"), "*i16")
+POINTERS |= dict.fromkeys(("exponents_ptr", "powers_ptr", "marks_ptr"), "*i32")
 # What Triton starts from where a launch names no tile.
 PLAIN = tiles.Tile(0, 0, 4, 3)
 
@@ -156,6 +158,7 @@ def ends(channels: int, pixels: int, classes: int, dtype: torch.dtype) -> Iterat
     yield Specialisation(f"signs {channels}", backward.signs, constants, dtype, PLAIN)
     constants = {"ELEMENTS": channels * pixels, "BLOCK": 4 * backward.BLOCK}
     yield Specialisation(f"square norms {channels}", backward.square_norms, constants, dtype, PLAIN)
+    yield Specialisation(f"normalise {channels}", backward.normalise, constants, dtype, PLAIN)
 
 
 def shipped(dtype: torch.dtype, capability: int, tf32: bool = False) -> Iterator[Specialisation]:

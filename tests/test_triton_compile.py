@@ -38,6 +38,7 @@ CHOSEN = (
     (90, "bfloat16", "loss gradient 10"),
     (90, "bfloat16", "signs 64"),
     (90, "bfloat16", "square norms 64"),
+    (90, "float16", "normalise 64"),
     (90, "float32", "post 64 conv2"),
     (90, "tf32", "post 64 conv2"),
     (100, "bfloat16", "pre 64 conv1"),

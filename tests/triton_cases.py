@@ -335,7 +335,9 @@ def cases() -> dict[str, Any]:
 # What other cases cover too, in smaller networks or the other type; these are the longest.
 SLOW = {
     "post-projection-16-32-64-float32",
+    "pre-activated-16-32-64-float32",
     "pre-activated-16-32-64-float16",
+    "pre-projection-17-48-float32",
     "paths-post-projection-16-32-64-float32",
     "paths-pre-activated-16-32-64-float32",
 }

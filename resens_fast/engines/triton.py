@@ -147,7 +147,7 @@ class TritonEngine(Engine):
         from ..lower import lower
         from .triton_gradients import refusal
 
-        return self.refuses(net, device, dtype) or refusal(lower(net), dtype, at)
+        return self.refuses(net, device, dtype) or refusal(lower(net), at)
 
     def prepare_gradients(
         self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str

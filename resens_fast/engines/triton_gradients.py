@@ -23,12 +23,10 @@ if TYPE_CHECKING:
     from ..kernels.schedule import Launch
 
 
-def refusal(network: FusedNetwork, dtype: torch.dtype, at: str) -> str | None:
-    """Why there are no gradients of this network in that type at that place, or None."""
+def refusal(network: FusedNetwork, at: str) -> str | None:
+    """Why there are no gradients of this network at that place, or None."""
     if at != "first_block":
         return f"it has gradients at the input of the first block only, not at {at}"
-    if dtype == torch.float16:
-        return "float16 cannot hold the gradients of long paths, which fall below 6e-8; use bfloat16 or float32"
     for block in network.blocks:
         if block.closing_relu != network.blocks[0].closing_relu:
             first = network.blocks[0]
@@ -48,10 +46,12 @@ class _Prepared(Replay):
         from ..kernels import backward, launch
 
         super().__init__(network, plan, device, dtype, size, backward.bits_per_image)
-        self.trail = backward.Trail.allocate(self.packed, plan.order, self.batch)
+        self.trail = backward.Trail.allocate(self.packed, plan.order, self.batch, self.schedule.buffers)
+        self.schedule, self.marks = backward.marked(self.schedule, dtype)
         needed = backward.with_forward(self.schedule, self.trail)
         self.memory = launch.Memory.allocate(self.packed, needed, self.batch, 0)
-        self.squares = torch.empty(plan.words * self.batch, device=device, dtype=torch.float64)
+        squares = torch.empty(plan.words * self.batch, device=device, dtype=torch.float64)
+        self.found = squares, torch.empty_like(squares, dtype=torch.int32)
         first = self.packed.groups[self.packed.slot_of[plan.order[0]][0]].shape
         self.shape = first.shape_in
         self.gradients: torch.Tensor | None = None
@@ -78,19 +78,21 @@ class _Prepared(Replay):
             if each.op != HEAD:
                 function = backward.run if each.op == RUN else backward.skip
                 function(self.packed, self.memory, self.schedule, self.trail, each, images)
+                backward.scale(self.packed, self.memory, self.schedule, self.trail, self.marks, each, images)
             elif self.gradients is None:
                 elements = stored * height * columns
-                backward.norms(self.memory, self.schedule, self.squares, each, images, elements)
+                backward.norms(self.memory, self.schedule, self.trail, self.found, each, images, elements)
             else:
                 for source, _, word in self.schedule.steps[each.first : each.first + each.count].tolist():
                     state = self.memory.states[source, : images * stored * height * columns]
                     state = state.view(images, height, columns, stored)[..., :channels]
-                    self.gradients[word] = state.permute(0, 3, 1, 2)
+                    power = torch.exp2(self.trail.exponents[source, :images].double())
+                    self.gradients[word] = state.permute(0, 3, 1, 2).double() * power.view(-1, 1, 1, 1)
 
     def execute(
         self, images: torch.Tensor, labels: torch.Tensor, out: torch.Tensor | None, progress: Progress | None
     ) -> None:
-        """Every level for at most `batch` images: norms into `squares`, or gradients into out [W, B, C, H, W]."""
+        """Every level for at most `batch` images: norms into `found`, or gradients into out [W, B, C, H, W]."""
         from ..kernels import launch as kernels
 
         if tuple(images.shape[1:]) != self.packed.input_shape:
@@ -118,17 +120,20 @@ class TritonGradientExecutor(GradientExecutor):
             with on_device(self.device):
                 share = scaled(progress, len(part) / len(images))
                 self.prepared.execute(part, labels[start : start + self.batch], None, share)
-            squares = self.prepared.squares[: self.plan.words * len(part)].view(self.plan.words, len(part))
-            parts.append(squares.sqrt().cpu())
+            squares, powers = (
+                v[: self.plan.words * len(part)].view(self.plan.words, len(part)) for v in self.prepared.found
+            )
+            parts.append((squares.sqrt() * torch.exp2(powers.double())).cpu())
         return torch.cat(parts, dim=1)
 
     @torch.inference_mode()
     def gradients(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
-        shape, dtype = self.prepared.shape, self.prepared.packed.dtype
-        found = torch.empty(self.plan.words, len(images), *shape, dtype=dtype)
+        """Gradients float32 [W, B, C, H, W] in every type: they are smaller than some can hold."""
+        shape = self.prepared.shape
+        found = torch.empty(self.plan.words, len(images), *shape)
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
-            out = torch.empty(self.plan.words, len(part), *shape, dtype=dtype, device=self.device)
+            out = torch.empty(self.plan.words, len(part), *shape, device=self.device)
             with on_device(self.device):
                 share = scaled(progress, len(part) / len(images))
                 self.prepared.execute(part, labels[start : start + self.batch], out, share)
