@@ -23,7 +23,7 @@ class Watch:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._modules = tuple(model.modules())
-        self._places = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers)]
+        self._places: list[dict[str, Any]] = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers)]
         self._tensors = [
             t for m in self._modules for d in (m._parameters, m._buffers) for t in d.values() if t is not None
         ]
