@@ -3,8 +3,10 @@
     python benchmarks/gpu_check.py --out DIR [--data FILE.npz] [--seconds 560]
 
 Works from a source tree with torch >= 2.11 and numpy. Every section is on its own: one that fails or finds something
-missing is reported, and the next one runs. FILE.npz holds `images` uint8 [N, H, W, C] or float32 [N, C, 32, 32] and
-`labels` [N]. Ends with one table and DIR/gpu_check.json; commit that under benchmarks/results/ with the device's name.
+missing is reported, and the next one runs; values are checked in processes of their own, and when the time is over in
+the midst of a section the script says which one, writes what it has and ends. FILE.npz holds `images` uint8
+[N, H, W, C] or float32 [N, C, 32, 32] and `labels` [N]. Ends with one table and DIR/gpu_check.json; commit that under
+benchmarks/results/ with the device's name.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,16 +32,15 @@ import torch  # noqa: E402
 
 from benchmarks import gpu_peers, roofline  # noqa: E402
 from benchmarks.gpu_values import (  # noqa: E402
+    ALONE,
     Missing,
-    check_graph,
-    check_operators,
-    check_values,
+    alone,
+    answer,
     executor_for,
     load_data,
     need_gpu,
     network,
     sanitizer,
-    tiny,
 )  # fmt: skip
 
 FLOPS_PER_BLOCK = 2 * 2 * 9 * 16 * 16 * 1024  # the same in every stage
@@ -53,6 +55,22 @@ class Check:
         self.result: dict[str, Any] = {"sections": {}, "rows": []}
         self.peak = 0.0
         self.peers: dict[str, float] = {}
+        self.now = ""
+        self.watchdog = threading.Timer(arguments.seconds + 20, self.give_up)
+        self.watchdog.daemon = True
+        self.watchdog.start()
+
+    def give_up(self) -> None:
+        """The time is over and a section still runs: a kernel that hangs cannot be interrupted from this process."""
+        self.result["sections"][self.now] = {"state": "failed", "reason": "it did not end in time"}
+        self.finish()
+        os._exit(3)
+
+    def finish(self) -> None:
+        self.watchdog.cancel()
+        self.result["table"] = table(self)
+        self.save()
+        print("\n" + self.result["table"], flush=True)
 
     def left(self) -> float:
         return self.arguments.seconds - (time.perf_counter() - self.began)
@@ -61,6 +79,7 @@ class Check:
         """Runs one section when `needs` seconds are left; never raises."""
         began = time.perf_counter()
         entry: dict[str, Any] = {}
+        self.now = name
         try:
             if self.left() < needs:
                 raise Missing(f"needs {needs:.0f} s, {max(0.0, self.left()):.0f} s are left")
@@ -77,14 +96,14 @@ class Check:
     def save(self) -> None:
         folder = Path(self.arguments.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gpu_check.json").write_text(json.dumps(self.result, indent=1, default=str) + "\n")
+        draft = folder / "gpu_check.json.new"
+        draft.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
+        draft.replace(folder / "gpu_check.json")
 
-    def row(self, name: str, ours: float, unit: str, work: float, estimate: float | None = None, **peers: float) -> str:
+    def row(self, name: str, ours: float, unit: str, work: float, **more: Any) -> str:
         """`ours` in images (times configurations) per second; work: FLOP per unit."""
-        share = ours * work / self.peak if self.peak else float("nan")
-        self.result["rows"].append(
-            {"name": name, "ours": ours, "unit": unit, "of_peak": share, "model": estimate, **peers}
-        )
+        share = ours * work / self.peak if self.peak else None
+        self.result["rows"].append({"name": name, "ours": ours, "unit": unit, "of_peak": share, **more})
         return f"{ours:,.0f} {unit}"
 
 
@@ -126,14 +145,7 @@ def build() -> str:
     extension._load.cache_clear()
     if extension.reason():
         raise RuntimeError(extension.reason())
-    return done.stdout.strip().splitlines()[-1]
-
-
-def triton_values(dtype: torch.dtype) -> dict[str, float]:
-    need_gpu()
-    from resens_fast.kernels import check as kernels
-
-    return kernels.values(dtype)
+    return (done.stdout.strip().splitlines() or ["built"])[-1]
 
 
 def timings(check: Check) -> None:
@@ -148,15 +160,19 @@ def timings(check: Check) -> None:
         x, labels, check.result["data"] = load_data(check.arguments.data)
         return x, labels
 
-    def timed(name: str, draw: Callable[[Any], Any], count: int, most: float) -> str:
+    def timed(
+        name: str, draw: Callable[[Any], Any], count: int, most: float, dtype: torch.dtype = torch.bfloat16
+    ) -> str:
         need_gpu()
         net = network(110)
         sweep = draw(net)
         x, labels = data()
         x, labels = x[:count], labels[:count]
+        count = len(x)
         plan = rf.plan(net, sweep)
         run = executor_for(net, plan, dtype)
         run.tally(x[:64], labels[:64])  # warm up
+        torch.cuda.synchronize()
         began = time.perf_counter()
         done = 0
         for start in range(0, count, run.batch):
@@ -167,34 +183,28 @@ def timings(check: Check) -> None:
         torch.cuda.synchronize()
         spent = time.perf_counter() - began
         rate = done * len(sweep) / spent
-        estimate = None
+        model = None
         if card is not None:
             rows = plan.tape().instructions.tolist()
             stages = [s - 1 for s in net.structure.stages]
-            total = roofline.tape_seconds(card, rows, stages, list(net.structure.transitions), done, "phased")
-            estimate = done * len(sweep) / total
+            model = {
+                figure: done * len(sweep) / roofline.tape_seconds(
+                    card, rows, stages, list(net.structure.transitions), done, figure
+                )
+                for figure in roofline.FIGURES
+            }  # fmt: skip
         # A peer really skips deleted blocks, but shares nothing: its intact rate times blocks / blocks it runs.
         asked = plan.requested_runs / max(1, len(sweep) * len(net.blocks))
-        peers = {p: rate / (r / asked) for p, r in check.peers.items() if r}
         work = FLOPS_PER_BLOCK * plan.executed_runs / max(1, len(sweep))
-        text = check.row(name, rate, "images x configurations/s", work, estimate, **peers)
+        text = check.row(name, rate, "images x configurations/s", work, model=model, asked=asked)
         extrapolated = "" if done == count else f", timed {done} of {count} images"
         return f"{text}, {spent:.2f} s for {done * len(sweep):,}{extrapolated}"
 
-    def peers() -> dict[str, Any]:
+    def peer(name: str) -> dict[str, Any]:
         need_gpu()
-        found = {}
-        for peer in gpu_peers.PEERS:
-            if check.left() < 90:
-                found[peer] = "no time left"
-                continue
-            model = network(110).model
-            row = gpu_peers.peer_rate(
-                model, (3, 32, 32), peer, dtype, (256, 1024, 4096) if peer == "eager" else (1024, 4096)
-            )
-            check.peers[peer] = row["images_per_second"]
-            found[peer] = row
-        return found
+        row = gpu_peers.peer_rate(network(110).model, (3, 32, 32), name, dtype, (1024, 4096), check.left() - 40)
+        check.peers[name] = row["images_per_second"]
+        return row
 
     def peak() -> str:
         need_gpu()
@@ -227,10 +237,6 @@ def timings(check: Check) -> None:
             "resnet50 at 224, single deletions (levels)", rate, "images x configurations/s", 8.2e9, eager=rate / eager
         )
 
-    check.section("dense bf16 peak", peak, 20)
-    check.section("peers, intact", peers, 120)
-    for name, sweep, count, most in rows:
-        check.section(name, lambda n=name, s=sweep, c=count, m=most: timed(n, s, c, m), most + 10)  # type: ignore[misc]
     def triton(name: str, draw: Callable[[Any], Any]) -> str:
         need_gpu()
         from resens_fast.kernels import check as kernels
@@ -241,53 +247,75 @@ def timings(check: Check) -> None:
         work = FLOPS_PER_BLOCK * found["runs"] / max(1, len(sweep))
         return check.row(f"{name} (triton)", found["rate"], "images x configurations/s", work)
 
+    def paths() -> str:
+        need_gpu()
+        from resens_fast.kernels import check as kernels
+
+        net = network(110)
+        drawn = rf.sweeps.paths(net, range(1, 55), samples=4, seed=0)
+        found = kernels.path_rate(net, drawn, dtype)
+        work = FLOPS_PER_BLOCK * found["runs"] / len(drawn)
+        return check.row("gradients along 216 paths (triton)", found["rate"], "images x paths/s", work)
+
+    check.section("dense bf16 peak", peak, 20)
+    for name, sweep, count, most in rows:
+        check.section(name, lambda n=name, s=sweep, c=count, m=most: timed(n, s, c, m), most + 10)  # type: ignore[misc]
+    half = "intact, float16"
+    check.section(half, lambda: timed(half, rf.sweeps.intact, 10_000, 10, torch.float16), 20)
+    check.section("eager, intact", lambda: peer("eager"), 20)
     check.section("resnet50", large, 40)
     for name, sweep, _, _ in rows[:2]:
         check.section(f"{name} (triton)", lambda n=name, s=sweep: triton(n, s), 60)  # type: ignore[misc]
+    check.section("path gradients (triton)", paths, 60)
+    # Compiling 54 blocks takes a minute or more and cannot be interrupted: after everything that is ours.
+    for name in ("compile", "graphs"):
+        check.section(f"{name}, intact", lambda n=name: peer(n), 110)  # type: ignore[misc]
+
+
+def ratios(check: Check, row: dict[str, Any]) -> dict[str, float]:
+    """How many times faster than each peer: those timed in the row's own section, else from the intact network."""
+    found = {p: row[p] for p in gpu_peers.PEERS if p in row}
+    if "asked" in row:
+        found |= {p: row["ours"] * row["asked"] / rate for p, rate in check.peers.items() if rate}
+    return found
 
 
 def table(check: Check) -> str:
-    lines = [
-        f"{'':<44}{'per second':>14}"
-        + "".join(f"{'x ' + p:>12}" for p in gpu_peers.PEERS)
-        + f"{'of peak':>10}{'model':>14}"
-    ]
+    head = "".join(f"{'x ' + p:>11}" for p in gpu_peers.PEERS) + f"{'of peak':>9}"
+    lines = [f"{'':<44}{'per second':>12}" + head + "".join(f"{f:>12}" for f in roofline.FIGURES) + "  (model)"]
     for row in check.result["rows"]:
-        peers = "".join(f"{row[p]:>12.1f}" if p in row else f"{'-':>12}" for p in gpu_peers.PEERS)
-        model = f"{row['model']:>14,.0f}" if row.get("model") else f"{'-':>14}"
-        lines.append(f"{row['name']:<44}{row['ours']:>14,.0f}{peers}{row['of_peak']:>10.0%}{model}")
+        row["times_peer"] = times = ratios(check, row)
+        peers = "".join(f"{times[p]:>11.1f}" if p in times else f"{'-':>11}" for p in gpu_peers.PEERS)
+        model, share = row.get("model") or {}, row["of_peak"]
+        figures = "".join(f"{model[f]:>12,.0f}" if f in model else f"{'-':>12}" for f in roofline.FIGURES)
+        of_peak = f"{share:>9.0%}" if share is not None else f"{'-':>9}"
+        lines.append(f"{row['name']:<44}{row['ours']:>12,.0f}{peers}{of_peak}{figures}")
     bad = {k: v["reason"] for k, v in check.result["sections"].items() if v["state"] != "ok"}
     return "\n".join(lines + [f"not done: {k}: {v.splitlines()[0] if v else ''}" for k, v in bad.items()])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out")
     parser.add_argument("--data")
     parser.add_argument("--seconds", type=float, default=560)
-    parser.add_argument("--only-tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=list(ALONE), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.only_tiny:
-        tiny()
+    if arguments.only:
+        answer(arguments.only)
         return
+    if not arguments.out:
+        parser.error("--out DIR is needed: the folder for gpu_check.json")
     check = Check(arguments)
     check.section("environment", environment, 0)
     check.section("build", build, 60)
-    for images in (2, 1):
-        for dtype in (torch.bfloat16, torch.float16):
-            name = f"values, {images} image(s) per CTA, {str(dtype).removeprefix('torch.')}"
-            check.section(name, lambda i=images, d=dtype: check_values(i, d), 20)  # type: ignore[misc]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        name = f"triton values, {str(dtype).removeprefix('torch.')}"
-        check.section(name, lambda d=dtype: triton_values(d), 60)  # type: ignore[misc]
-    check.section("CUDA graph", check_graph, 10)
-    check.section("operators", check_operators, 20)
-    for tool in ("memcheck", "racecheck"):
-        check.section(f"compute-sanitizer {tool}", lambda t=tool: sanitizer(t), 120)  # type: ignore[misc]
+    for name in ALONE:
+        if name != "tiny":
+            check.section(name, lambda n=name: (need_gpu(), alone(n, 60))[1], 60)  # type: ignore[misc]
     timings(check)
-    check.result["table"] = table(check)
-    check.save()
-    print("\n" + check.result["table"])
+    for tool in ("memcheck", "racecheck"):
+        check.section(f"compute-sanitizer {tool}", lambda t=tool: sanitizer(t), 30)  # type: ignore[misc]
+    check.finish()
 
 
 if __name__ == "__main__":

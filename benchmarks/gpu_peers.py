@@ -47,14 +47,25 @@ def compiled(model: torch.nn.Module, peer: str) -> Callable[[torch.Tensor], torc
 
 
 def peer_rate(
-    model: torch.nn.Module, shape: tuple[int, int, int], peer: str, dtype: torch.dtype, batches: tuple[int, ...]
+    model: torch.nn.Module,
+    shape: tuple[int, int, int],
+    peer: str,
+    dtype: torch.dtype,
+    batches: tuple[int, ...],
+    most: float = 60.0,
 ) -> dict[str, Any]:
-    """Images per second of the intact model in channels_last at its best batch size, and seconds spent."""
+    """Images per second of the intact model in channels_last at its best batch size, and seconds spent.
+
+    Another batch size is tried only while the last one's time fits into what is left of `most` seconds.
+    """
     began = time.perf_counter()
     model = model.to("cuda", dtype, memory_format=torch.channels_last).eval()
     best: dict[str, Any] = {"images_per_second": 0.0}
     with torch.inference_mode():
         for batch in batches:
+            spent, tried = time.perf_counter() - began, batches.index(batch)
+            if tried and spent + spent / tried > most:
+                break
             x = torch.randn(batch, *shape, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
             torch.compiler.reset()
             run = compiled(model, peer)

@@ -1,11 +1,19 @@
-"""What gpu_check.py checks beside the clock: values against float64, sameness, graphs, operators, sanitizers."""
+"""What gpu_check.py checks beside the clock: values against float64, sameness, graphs, operators, sanitizers.
+
+Each check can run in a process of its own (`python benchmarks/gpu_check.py --only NAME`): a kernel that hangs or
+destroys the CUDA context then costs one section and not the rest.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +90,9 @@ def executor_for(net: Any, plan: Any, dtype: torch.dtype, images: int | None = N
     packed = e.packed(net, dtype)
     if isinstance(packed, str):
         raise Missing(packed)
-    variant = e.variant(device, dtype)
+    variant = e.variant(device, packed)
     if not variant.images:
-        raise Missing("neither variant fits this device")
+        raise Missing(f"no variant for {packed.width} channels fits this device")
     if images is not None:
         if images > variant.images:
             raise Missing(f"{images} images per CTA do not fit this device")
@@ -92,7 +100,7 @@ def executor_for(net: Any, plan: Any, dtype: torch.dtype, images: int | None = N
     return TapeExecutor(packed, plan, device, variant)
 
 
-def check_values(images: int, dtype: torch.dtype) -> dict[str, float]:
+def check_values(images: int, width: int, dtype: torch.dtype) -> dict[str, float]:
     """Every word of a mixed sweep against float64 on this GPU, and bitwise sameness."""
     import resens_fast as rf
 
@@ -105,7 +113,7 @@ def check_values(images: int, dtype: torch.dtype) -> dict[str, float]:
         "pre-projection": {},
         "pre-pad": {"option": "pad"},
     }.items():
-        net = network(20, **options)
+        net = network(20, width=width, **options)
         sweep = (
             rf.sweeps.single(net)
             + rf.sweeps.delete_random(net, k=[3], samples=8)
@@ -133,33 +141,31 @@ def check_values(images: int, dtype: torch.dtype) -> dict[str, float]:
 
 
 def check_graph() -> str:
-    """A launch captured into a CUDA graph gives the same tally when replayed."""
+    """A plan captured into a CUDA graph gives the same counts when replayed, also on other images."""
     import resens_fast as rf
 
     need_gpu()
     net = network(20)
     run = executor_for(net, rf.plan(net, rf.sweeps.single(net)), torch.bfloat16)
-    x, labels, _ = load_data(None, 64)
-    y = labels.int()
-    program = run.program(len(x))
-
-    def once() -> torch.Tensor:
-        return run.launch(program, 0, len(program.cost), run.stem(x), y, False)[0]
-
-    want = once().clone()
-    graph = torch.cuda.CUDAGraph()
+    x, labels, _ = load_data(None, 128)
+    wants = [run.enqueue(x[i : i + 64].contiguous(), labels[i : i + 64]).clone() for i in (0, 64)]
+    images, targets = x[:64].clone(), labels[:64].clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        once()
+        run.enqueue(images, targets)
     torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = once()
-    graph.replay()
-    torch.cuda.synchronize()
-    if not torch.equal(want, got):
-        raise AssertionError("the replayed tally differs")
-    return "captured and replayed"
+        got = run.enqueue(images, targets)
+    for i, want in enumerate(wants):
+        images.copy_(x[64 * i : 64 * i + 64])
+        targets.copy_(labels[64 * i : 64 * i + 64])
+        graph.replay()
+        torch.cuda.synchronize()
+        if not torch.equal(want, got):
+            raise AssertionError(f"replay {i} gives other counts")
+    return "captured, replayed on two batches"
 
 
 def check_operators() -> str:
@@ -169,13 +175,13 @@ def check_operators() -> str:
     net = network(20)
     run = executor_for(net, rf.plan(net, rf.sweeps.intact(net)), torch.bfloat16)
     x, labels, _ = load_data(None, 8)
-    p, program = run.packed, run.program(8)
-    torch.library.opcheck(torch.ops.resens_fast.stem_cuda.default, (x, p.stem, p.stem_relu, run.variant.images))
-    arguments = (
-        p.weights, p.parameters, run.stem(x), labels.int(), program.tape, program.chunks, program.parts, program.slots,
-        run.words, p.head, run.variant.images, run.variant.ctas, False, True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.resens_fast.eval_cuda.default, arguments)
+    program = run.program(8)
+    for classes in (0, run.packed.head[3]):
+        arguments = (
+            x, labels, run.layout, run.weights, [program.tape, program.chunks, program.parts, program.slots],
+            run.words, classes, run.variant.ctas, run.variant.images,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.resens_fast.eval.default, arguments)
     return "opcheck is clean"
 
 
@@ -184,32 +190,91 @@ def sanitizer(tool: str) -> str:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).is_file():
         raise Missing("compute-sanitizer is not installed")
-    command = [
-        program,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        __file__,
-        "--out",
-        self_out(),
-        "--only-tiny",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise AssertionError((done.stdout + done.stderr)[-3000:])
-    return "no error"
+    return alone("tiny", 120, program, "--tool", tool, "--error-exitcode", "9")
 
 
-def self_out() -> str:
-    return os.environ.get("RESENS_CHECK_TINY", "/tmp/resens-gpu-check-tiny")
+def alone(name: str, seconds: float, *wrapper: str) -> str:
+    """Runs a check in a process of its own, or TimeoutExpired; what it prints last is the answer."""
+    command = [*wrapper, sys.executable, str(Path(__file__).with_name("gpu_check.py")), "--only", name]
+    with tempfile.TemporaryFile("w+") as output:  # a pipe would be waited for as long as a grandchild holds it
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+        output.seek(0)
+        lines = output.read().splitlines()
+    for line in reversed(lines):
+        if code == 0 and line.startswith(LACKS):
+            raise Missing(line.removeprefix(LACKS))
+        if code == 0 and line.startswith(ANSWER):
+            return line.removeprefix(ANSWER)
+    raise AssertionError(f"exit code {code}: " + "\n".join(lines)[-3000:])
 
 
-def tiny() -> None:
+ANSWER, LACKS = "answer: ", "missing: "
+
+
+def tiny() -> str:
     """What compute-sanitizer watches: a few words on one tile."""
     import resens_fast as rf
 
     net = network(20)
     run = executor_for(net, rf.plan(net, rf.sweeps.single(net)), torch.bfloat16)
-    print(run.tally(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)).errors)
+    run.tally(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))
+    return "no error"
+
+
+def triton_values(dtype: torch.dtype) -> dict[str, float]:
+    need_gpu()
+    from resens_fast.kernels import check as kernels
+
+    found: dict[str, float] = kernels.values(dtype)
+    return found
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+def triton_gradients(dtype: torch.dtype) -> dict[str, float]:
+    need_gpu()
+    from resens_fast.kernels import check as kernels
+
+    found: dict[str, float] = kernels.gradients(dtype)
+    return found
+
+
+def triton_masked() -> float:
+    need_gpu()
+    from resens_fast.kernels import check as kernels
+
+    found: float = kernels.masked()
+    return found
+
+
+ALONE: dict[str, Callable[[], Any]] = {
+    **{
+        f"values, {images} image(s) of {width} channels per CTA, {name}": partial(check_values, images, width, dtype)
+        for images, width in ((2, 16), (1, 16), (1, 32))
+        for name, dtype in DTYPES.items()
+    },
+    "CUDA graph": check_graph,
+    "operators": check_operators,
+    **{
+        f"triton values, {name}": partial(triton_values, dtype)
+        for name, dtype in {**DTYPES, "fp32": torch.float32}.items()
+    },
+    **{
+        f"triton path gradients, {name}": partial(triton_gradients, dtype)
+        for name, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items()
+    },
+    "triton masked gradients": triton_masked,
+    "tiny": tiny,
+}
+
+
+def answer(name: str) -> None:
+    """What a process with `--only name` does."""
+    try:
+        print(ANSWER + str(ALONE[name]()), flush=True)
+    except Missing as reason:
+        print(LACKS + str(reason), flush=True)

@@ -1,6 +1,6 @@
 """Counter model of the CUDA tape kernel: how long a plan takes, from instruction counts and a card's rates alone.
 
-    python benchmarks/roofline.py [--card h100] [--depth 110]
+    python benchmarks/roofline.py [--card h100] [--depth 110] [--width 16]
 
 Counts follow csrc/cuda/geometry.cuh; tests compare them with the host harness (dynamic, exact) and with the compiled
 SASS (static, exact). Times are estimates until measured. Three figures: `bound`, every unit overlaps every other;
@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+FIGURES = ("bound", "phased", "cautious")
 WARPS = 8
 RING_SLOTS = 4
 
@@ -23,7 +24,7 @@ class Card:
     """Rates per multiprocessor and clock; those of mma.sync, not of wgmma or tcgen05."""
 
     name: str
-    images: int  # per CTA
+    images: int  # per CTA, of networks of 16, 32 and 64 channels
     multiprocessors: int
     clock: float  # Hz, sustained
     mma: float  # clocks per m16n8k16 product
@@ -50,7 +51,7 @@ class Shape:
     side: int
     rows: int
     tiles: int
-    sub_rows: int
+    sub_rows: int  # of the first convolution; 0: rolling, every row and weight is read once
     groups: int  # per chunk
     unroll: int
 
@@ -63,14 +64,17 @@ class Shape:
         return 3 * self.steps // self.groups
 
 
-def shape(images: int, stage: int) -> Shape:
-    """csrc/cuda/geometry.cuh, Geometry<stage, images>."""
-    channels, side = 16 << stage, 32 >> stage
+def shape(images: int, stage: int, width: int = 16) -> Shape:
+    """csrc/cuda/geometry.cuh, Geometry<stage, images, width>."""
+    channels, side = width << stage, 32 >> stage
     rows = (8 * images, 4, 2 * images)[stage]
-    tiles = 2 * images if stage == 1 else 2
+    tiles = 4 if width == 32 else 2 * images if stage == 1 else 2
     groups = (3, 2 if images == 1 else 3, 1 if images == 1 else 2)[stage]
+    if width == 32:
+        groups = (6, 3, 1)[stage]
     unroll = 1 if groups > 2 and rows * tiles >= 16 else groups
-    return Shape(channels, side, rows, tiles, 4 if stage == 0 else rows, groups, unroll)
+    sub_rows = rows if stage else 0 if width == 16 else 2
+    return Shape(channels, side, rows, tiles, sub_rows, groups, unroll)
 
 
 @dataclass
@@ -98,6 +102,7 @@ def _chunks(count: int, size: int) -> Counts:
 
 
 def _convolution(s: Shape, sub_rows: int) -> Counts:
+    sub_rows = sub_rows or s.rows
     loads = s.rows // sub_rows
     groups = 3 * s.steps
     return Counts(
@@ -107,18 +112,18 @@ def _convolution(s: Shape, sub_rows: int) -> Counts:
     ) + _chunks(s.chunks, s.groups * 3 * s.steps * 512)
 
 
-def identity(images: int, stage: int) -> Counts:
-    """An identity block that runs."""
-    s = shape(images, stage)
+def identity(images: int, stage: int, width: int = 16) -> Counts:
+    """An identity block that runs with gate 1."""
+    s = shape(images, stage, width)
     registers = s.rows * s.tiles * 4
-    # Per value: half a conversion each for x and the inner activation; ReLU and gate; bias; closing ReLU.
-    ends = Counts(sts32=WARPS * registers, elementwise=WARPS * registers * 5)
+    # Per value: half a conversion each for x and the inner activation (with its ReLU); bias; closing ReLU.
+    ends = Counts(sts32=WARPS * registers, elementwise=WARPS * registers * 3)
     return _convolution(s, s.sub_rows) + _convolution(s, s.rows) + ends
 
 
-def transition(images: int, stage: int, projected: bool) -> Counts:
+def transition(images: int, stage: int, projected: bool, width: int = 16) -> Counts:
     """A transition block into `stage` that runs; a projection reads the branch's input."""
-    s, before = shape(images, stage), shape(images, stage - 1)
+    s, before = shape(images, stage, width), shape(images, stage - 1, width)
     groups = s.groups if (3 * before.steps) % s.groups == 0 else 1
     entry = Counts(
         mma=WARPS * 3 * before.steps * 3 * s.rows * s.tiles,
@@ -137,25 +142,39 @@ def transition(images: int, stage: int, projected: bool) -> Counts:
     return entry + _convolution(s, s.rows) + ends
 
 
-def static_mma(images: int) -> int:
+def static_mma(images: int, width: int = 16) -> int:
     """mma in the compiled kernel: each loop's body once, as unrolled."""
     total = 0
     for stage in range(3):
-        s = shape(images, stage)
-        total += s.unroll * 3 * s.tiles * (s.sub_rows + s.rows)
+        s = shape(images, stage, width)
+        first = s.unroll * s.sub_rows or 3 * s.rows  # rolling: all rows and columns of the kernel in one piece
+        total += 3 * s.tiles * (first + s.unroll * s.rows)
         if stage:  # enter_stage: projection, stride-2 convolution, second convolution
             total += s.rows * s.tiles * (1 + 3) + s.unroll * 3 * s.tiles * s.rows
     return total
 
 
-def static_ldmatrix(images: int) -> int:
+def static_ldmatrix(images: int, width: int = 16) -> int:
     """ldmatrix in the compiled kernel."""
     total = 0
     for stage in range(3):
-        s = shape(images, stage)
-        total += s.unroll * (s.sub_rows + 2 + s.rows + 2)
+        s = shape(images, stage, width)
+        first = s.unroll * (s.sub_rows + 2) if s.sub_rows else 3 * (s.rows + 2)
+        total += first + s.unroll * (s.rows + 2)
         if stage:
             total += s.rows + 2 * s.rows + 1 + s.unroll * (s.rows + 2)
+    return total
+
+
+def static_lds128(images: int, width: int = 16) -> int:
+    """Loads of weights in the compiled kernel, four registers each."""
+    total = 0
+    for stage in range(3):
+        s = shape(images, stage, width)
+        taps = 3 * s.tiles // 2
+        total += taps * (s.unroll if s.sub_rows else 3) + taps * s.unroll
+        if stage:
+            total += s.tiles // 2 + taps + taps * s.unroll
     return total
 
 
@@ -197,24 +216,30 @@ def clocks(c: Counts, card: Card) -> Clocks:
     )
 
 
-def slot_clocks(card: Card, stage: int) -> float:
+def images_per_cta(card: Card, width: int = 16) -> int:
+    """0 where the card's shared memory does not hold a wide image: then levels run."""
+    return card.images if width == 16 else card.images // 2
+
+
+def slot_clocks(card: Card, stage: int, width: int = 16) -> float:
     """A SAVE or a RESTORE of a state of `stage`, through L2."""
-    return card.images * (16 << stage) * (32 >> stage) ** 2 * 4 / card.l2_bytes
+    return images_per_cta(card, width) * (width << stage) * (32 >> stage) ** 2 * 4 / card.l2_bytes
 
 
-def network_clocks(card: Card, per_stage: int, figure: str = "phased") -> float:
+def network_clocks(card: Card, per_stage: int, figure: str = "phased", width: int = 16) -> float:
     """Clocks of one CTA for one tile through the intact network of 3 * per_stage blocks."""
-    total = 0.0
+    total, images = 0.0, images_per_cta(card, width)
     for stage in range(3):
-        total += (per_stage - (stage > 0)) * getattr(clocks(identity(card.images, stage), card), figure)
+        total += (per_stage - (stage > 0)) * getattr(clocks(identity(images, stage, width), card), figure)
         if stage:
-            total += getattr(clocks(transition(card.images, stage, False), card), figure)
-    return total + slot_clocks(card, 0)
+            total += getattr(clocks(transition(images, stage, False, width), card), figure)
+    return total + slot_clocks(card, 0, width)
 
 
-def images_per_second(card: Card, per_stage: int = 18, figure: str = "phased") -> float:
+def images_per_second(card: Card, per_stage: int = 18, figure: str = "phased", width: int = 16) -> float:
     """Intact networks per second on the whole card."""
-    return card.multiprocessors * card.images * card.clock / network_clocks(card, per_stage, figure)
+    images = images_per_cta(card, width)
+    return card.multiprocessors * images * card.clock / network_clocks(card, per_stage, figure, width)
 
 
 def tape_seconds(
@@ -239,21 +264,24 @@ def tape_seconds(
     return total * waves / card.clock
 
 
-def table(card: Card, per_stage: int) -> str:
+def table(card: Card, per_stage: int, width: int = 16) -> str:
     """A row per stage with clocks by unit, then images per second."""
-    where = f"{card.images} image(s) per CTA, {card.multiprocessors} SMs at {card.clock / 1e9:.2f} GHz"
+    images = images_per_cta(card, width)
+    if not images:
+        return f"{card.name}: no tape kernel for {width} channels, its shared memory is too small; levels run"
+    where = f"{images} image(s) per CTA, {card.multiprocessors} SMs at {card.clock / 1e9:.2f} GHz"
     columns = ("tensor", "shared", "L2", "issue", "element", "barrier", "bound", "phased")
     lines = [f"{card.name}: {where}; clocks per block (estimates, not measured)"]
     lines.append(f"{'block':<22}" + "".join(f"{c:>8}" for c in columns) + f"{'cautious':>9}")
-    rows = [(f"{16 << s} channels", identity(card.images, s)) for s in range(3)]
-    rows += [(f"into {16 << s} channels", transition(card.images, s, True)) for s in (1, 2)]
+    rows = [(f"{width << s} channels", identity(images, s, width)) for s in range(3)]
+    rows += [(f"into {width << s} channels", transition(images, s, True, width)) for s in (1, 2)]
     for name, counts in rows:
         c = clocks(counts, card)
         values = (c.tensor, c.shared, c.l2, c.issue, c.elementwise, c.barriers, c.bound, c.phased)
         lines.append(f"{name:<22}" + "".join(f"{v:>8.0f}" for v in values) + f"{c.cautious:>9.0f}")
-    flops = 2 * 2 * 9 * 16 * 16 * 1024 * 3 * per_stage
-    for figure in ("bound", "phased", "cautious"):
-        rate = images_per_second(card, per_stage, figure)
+    flops = 2 * 2 * 9 * width * width * 1024 * 3 * per_stage
+    for figure in FIGURES:
+        rate = images_per_second(card, per_stage, figure, width)
         lines.append(
             f"{figure:<10}{rate:>12,.0f} images/s, {rate * flops / card.dense_peak:.0%} of the dense bf16 peak"
         )
@@ -264,9 +292,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--card", choices=[*CARDS, "all"], default="all")
     parser.add_argument("--depth", type=int, default=110, help="6 n + 2 for a network of 3 n blocks")
+    parser.add_argument("--width", type=int, choices=[16, 32], default=16, help="channels of the first stage")
     arguments = parser.parse_args()
     chosen = CARDS.values() if arguments.card == "all" else [CARDS[arguments.card]]
-    print("\n\n".join(table(card, (arguments.depth - 2) // 6) for card in chosen))
+    print("\n\n".join(table(card, (arguments.depth - 2) // 6, arguments.width) for card in chosen))
 
 
 if __name__ == "__main__":

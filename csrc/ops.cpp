@@ -1,8 +1,9 @@
-// The module resens_fast._C: the planner and the build's description. Operators on tensors are registered beside their
-// kernels, in cpu/ops_cpu.cpp and cuda/ops_cuda.cpp; both are optional and found by setup.py.
+// The module resens_fast._C: the planner, the build's description and the schema of resens_fast::eval, which has a kernel per device. Kernels, and
+// operators of one device only, are registered in cpu/ops_cpu.cpp and cuda/ops_cuda.cpp; both are optional and found by setup.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/library.h>
 
 #include <memory>
 #include <stdexcept>
@@ -104,6 +105,18 @@ py::tuple cuda_devices() {
   const std::string why = "this build has no CUDA part";
 #endif
   return py::make_tuple(found, why);
+}
+
+// Every word of a plan on images: images [B, C, H, W] float32 and labels [B] int64 (or none: no counts) -> counts [3, words] int64 (errors, loss in 2^-24,
+// non-finite) and logits [words, B, logits] float32; logits: the number of classes, or 0 when they stay inside. The dispatcher takes the images' device.
+// layout int32 (on the CPU) and packed uint8 (on the device): the network as that device's kernels read it. program: the plan likewise: on the CPU its tape
+// and gates, on CUDA what cuda_program gave, or some of its parts (words of others count zero, so that launches add up).
+// threads: of a CPU, or CTAs; tile: images at a time of each (0: chosen, CPU only).
+// Only on a CPU: isa; rounded = False; control, int64 [3], to cancel a running call and to follow it. A CUDA launch can do neither, so it is kept short.
+TORCH_LIBRARY_FRAGMENT(resens_fast, m) {
+  m.def(
+      "eval(Tensor images, Tensor labels, Tensor layout, Tensor packed, Tensor[] program, int words, int logits, int threads, int tile, str isa='', "
+      "bool rounded=True, Tensor(a!)? control=None) -> (Tensor counts, Tensor logits)");
 }
 
 }  // namespace

@@ -73,6 +73,84 @@ def values(dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
+def gradients(dtype: torch.dtype) -> dict[str, float]:
+    """The same for gradients along paths, each path's in units of its own size: their root-mean-square error over the
+    torch engine's. AssertionError where it is above four, or where replayed graphs or another batch give other norms.
+    """
+    import resens_fast as rf
+    from resens_fast.engines.triton import TritonEngine
+    from resens_fast.gradient_plan import gradient_plan
+
+    found = {}
+    kinds: dict[str, dict[str, Any]] = {
+        "post-pad": {"preactivation": False, "option": "pad"},
+        "post-projection": {"preactivation": False},
+        "pre-projection": {},
+    }
+    device = torch.device("cuda", torch.cuda.current_device())
+    for name, options in kinds.items():
+        net = network(20, **options)
+        paths = rf.sweeps.paths(net, [0, 1, 4, 9], samples=4, seed=0)
+        made = gradient_plan(net, paths)
+        executor = TritonEngine().prepare_gradients(net, made, device, dtype, "first_block")
+        images = torch.randn(3 * executor.batch, *net.input_shape)
+        labels = torch.arange(len(images)) % net.structure.classes
+        some = (images[:16], labels[:16])
+        got = executor.gradients(*some)[torch.from_numpy(made.word_of)].double()
+        exact, eager = (
+            rf.input_gradients(net, paths, *some, engine="torch", dtype=each, device="cuda").double()
+            for each in (torch.float64, dtype)
+        )
+        size = exact.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
+        ours, theirs = (float(((v - exact) / size).square().mean().sqrt()) for v in (got, eager))
+        assert ours <= 4 * theirs + 4 * torch.finfo(dtype).eps, f"{name}: {ours:.3g}, eager {theirs:.3g}"
+        whole = executor.norms(images, labels)  # the second and third batch replay graphs
+        parts = [executor.norms(images[i : i + 100], labels[i : i + 100]) for i in range(0, len(images), 100)]
+        assert torch.equal(whole, torch.cat(parts, dim=1)), f"{name}: the norms depend on the batch"
+        found[name] = ours / theirs if theirs else 0.0
+    return found
+
+
+def masked() -> float:
+    """The largest relative error of logits and gradients of net(x, mask=..., engine="triton"), float32 against float64,
+    of any image or parameter; AssertionError above 1e-3.
+    """
+    net = network(20, preactivation=False).cuda()
+    images = torch.randn(16, *net.input_shape, device="cuda")
+    mask = torch.rand(16, len(net.blocks)).round()
+    mask[0] = 1  # every parameter has a gradient
+    results = []
+    for engine, dtype in (("triton", torch.float32), (None, torch.float64)):
+        net = net.to(dtype)
+        x = images.to(dtype).requires_grad_()
+        logits = net(x, mask=mask, engine=engine)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), [x, *net.parameters()])])
+    worst = max(float((a - b).norm().detach() / b.norm().detach()) for a, b in zip(*results, strict=True))
+    assert worst <= 1e-3, f"a relative error of {worst:.3g}"
+    return worst
+
+
+def path_rate(net: Any, paths: Any, dtype: torch.dtype, most: float = 10.0) -> dict[str, float]:
+    """Images times paths per second, for about `most` seconds."""
+    from resens_fast.engines.triton import TritonEngine
+    from resens_fast.gradient_plan import gradient_plan
+
+    made = gradient_plan(net, paths)
+    device = torch.device("cuda", torch.cuda.current_device())
+    executor = TritonEngine().prepare_gradients(net, made, device, dtype, "first_block")
+    images = torch.randn(executor.batch, *net.input_shape, device="cuda")
+    labels = torch.zeros(len(images), dtype=torch.int64, device="cuda")
+    for _ in range(2):
+        executor.norms(images, labels)  # compiles, then captures
+    torch.cuda.synchronize()
+    began, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - began < most:
+        executor.norms(images, labels)
+        done += len(images)
+    spent = time.perf_counter() - began
+    return {"rate": done * len(paths) / spent, "seconds": spent, "runs": made.executed_runs}
+
+
 def rate(net: Any, sweep: Any, dtype: torch.dtype, count: int, most: float = 10.0) -> dict[str, float]:
     """Images times configurations per second, over up to `count` images or about `most` seconds."""
     made, executor = prepared(net, sweep, dtype)
@@ -94,9 +172,13 @@ def main() -> None:
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         result[f"values {dtype}"] = values(dtype)
+    for dtype in (torch.bfloat16, torch.float32):
+        result[f"gradients {dtype}"] = gradients(dtype)
+    result["masked"] = masked()
     net = network(110)
     for name, sweep in (("intact", rf.sweeps.intact(net)), ("single deletions", rf.sweeps.single(net))):
         result[name] = rate(net, sweep, torch.bfloat16, 10_000)
+    result["paths"] = path_rate(net, rf.sweeps.paths(net, range(1, 55), samples=4, seed=0), torch.bfloat16)
     print(json.dumps(result, indent=1))
 
 

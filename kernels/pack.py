@@ -164,7 +164,7 @@ def block_shape(block: FusedBlock, shape_in: tuple[int, int, int]) -> BlockShape
     return BlockShape(tuple(convs), shape, block.scale is not None, block.closing_relu, shape_in, shape_out)
 
 
-def _vectors(rows: list[Tensor | None], device: torch.device) -> Tensor:
+def vectors(rows: list[Tensor | None], device: torch.device) -> Tensor:
     """float32 [slots, width]; one zero where there are none."""
     if rows[0] is None:
         return torch.zeros(1, device=device)
@@ -180,7 +180,7 @@ def conv_weights(convs: list[Conv | None], device: torch.device, dtype: torch.dt
     weight = torch.stack([conv.weight.float() for conv in real])  # [slots, N, C, kernel, kernel]
     n, c = weight.shape[1:3]
     weight = pad(weight.flatten(3).permute(0, 3, 2, 1), (0, width(n) - n, 0, width(c) - c))
-    return ConvWeights(weight.to(device, dtype).contiguous(), _vectors([conv.bias for conv in real], device))
+    return ConvWeights(weight.to(device, dtype).contiguous(), vectors([conv.bias for conv in real], device))
 
 
 def pack(
@@ -216,8 +216,8 @@ def pack(
                 tuple(block.index for block in blocks),
                 tuple(conv_weights([b.convs[i] for b in blocks], device, dtype) for i in range(len(shape.convs))),
                 conv_weights([b.shortcut.conv for b in blocks], device, dtype),
-                _vectors([b.scale for b in blocks], device),
-                _vectors([b.shift for b in blocks], device),
+                vectors([b.scale for b in blocks], device),
+                vectors([b.shift for b in blocks], device),
             )
         )
     head = network.head
@@ -232,8 +232,8 @@ def pack(
             classes=len(head.weight),
             prologue=head.scale is not None,
             relu=head.relu,
-            scale=_vectors([head.scale], device),
-            shift=_vectors([head.shift], device),
+            scale=vectors([head.scale], device),
+            shift=vectors([head.shift], device),
             weight=weight,
             bias=head.bias.float().to(device),
         ),

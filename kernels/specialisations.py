@@ -10,17 +10,35 @@ import argparse
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import launch, tiles
+from . import backward, launch, tiles
 from .pack import KINDS, BlockShape, ConvShape, ShortcutShape, output
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ARCHITECTURES = (80, 90, 100)
+# The pointers to elements of the network's type, for each kernel; the others are fp32 or as in POINTERS.
+TYPED = {
+    "conv": ("in_ptr", "out_ptr", "states_ptr", "weight_ptr", "s_weight_ptr"),
+    "shortcut": ("states_ptr", "weight_ptr"),
+    "pool": ("states_ptr",),
+    "signs": ("a_ptr",),
+    "conv_transpose": ("in_ptr", "out_ptr", "weight_ptr"),
+    "shortcut_transpose": ("states_ptr", "weight_ptr"),
+    "loss_gradient": ("state_ptr", "out_ptr"),
+    "square_norms": ("states_ptr",),
+    "normalise": ("states_ptr",),
+    "weight_gradient": ("in_ptr", "g_ptr"),
+}
+POINTERS = {"steps_ptr": "*i32", "labels_ptr": "*i64", "counts_ptr": "*i64", "norms_ptr": "*fp64"}
+POINTERS |= dict.fromkeys(("bits_ptr", "relu_ptr", "closed_ptr"), "*i16")
+POINTERS |= dict.fromkeys(("exponents_ptr", "powers_ptr", "marks_ptr"), "*i32")
+# What Triton starts from where a launch names no tile.
+PLAIN = tiles.Tile(0, 0, 4, 3)
 
 
 @dataclass(frozen=True)
@@ -37,11 +55,7 @@ class Specialisation:
         """The ASTSource, with the argument types and alignments that `launch` passes."""
         from triton.compiler import ASTSource
 
-        typed = {"in_ptr", "out_ptr", "states_ptr", "weight_ptr", "s_weight_ptr"}
-        types = {"steps_ptr": "*i32", "labels_ptr": "*i64", "counts_ptr": "*i64"}
-        types |= dict.fromkeys(typed, "*" + TYPES[self.dtype])
-        if "means_ptr" in self.kernel.arg_names:
-            types["weight_ptr"] = "*fp32"
+        types = POINTERS | dict.fromkeys(TYPED.get(self.kernel.__name__, ()), "*" + TYPES[self.dtype])
         signature = {
             name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in self.kernel.arg_names
         }
@@ -79,7 +93,9 @@ def block(
 
 
 def of_block(name: str, shape: BlockShape, dtype: torch.dtype, capability: int) -> Iterator[Specialisation]:
-    """The convolutions of a block and, if there is more to its shortcut than the identity, its deletion."""
+    """The convolutions of a block and, if there is more to its shortcut than the identity, its deletion; then all that
+    its backward takes.
+    """
     for index, each in enumerate(shape.convs):
         tile = tiles.default(each.n, dtype, capability)
         constants = launch.conv_constants(shape, index, each, dtype)
@@ -91,6 +107,19 @@ def of_block(name: str, shape: BlockShape, dtype: torch.dtype, capability: int) 
         yield Specialisation(
             f"{name} shortcut", launch.shortcut, launch.skip_constants(shape, dtype) | sizes, dtype, tile
         )
+    for index, each in enumerate(shape.convs):
+        tile = tiles.default(each.c, dtype, capability)
+        constants = backward.conv_constants(shape, index, dtype)
+        sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        yield Specialisation(
+            f"{name} conv{index + 1} transpose", backward.conv_transpose, constants | sizes, dtype, tile
+        )
+        constants = backward.weight_constants(each, index == 0 and shape.prologue, 0, dtype, 128)
+        yield Specialisation(f"{name} conv{index + 1} weights", backward.weight_gradient, constants, dtype, PLAIN)
+    if shape.shortcut.kind != KINDS["identity"] or shape.closing:
+        tile = backward.skip_tile(shape.shape_in[0], dtype)
+        constants = backward.skip_constants(shape, dtype) | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        yield Specialisation(f"{name} shortcut transpose", backward.shortcut_transpose, constants, dtype, tile)
 
 
 def usual(dtype: torch.dtype, capability: int) -> Iterator[Specialisation]:
@@ -115,14 +144,35 @@ def usual(dtype: torch.dtype, capability: int) -> Iterator[Specialisation]:
             c = 4 * n
 
 
-def heads(channels: int, pixels: int, classes: int, dtype: torch.dtype) -> Iterator[Specialisation]:
-    """The head of a network, which is compiled with the options Triton starts from."""
+def ends(channels: int, pixels: int, classes: int, dtype: torch.dtype) -> Iterator[Specialisation]:
+    """The head of a network, the start and the end of its backward, and the sign bits."""
     nothing = torch.empty(0)
     head = launch.Head(channels, pixels, classes, True, True, nothing, nothing, nothing, nothing)
-    tile = tiles.Tile(0, 0, 4, 3)
-    yield Specialisation(f"pool {channels}", launch.pool, launch.pool_constants(head), dtype, tile)
+    constants = launch.pool_constants(head)
+    yield Specialisation(f"pool {channels}", launch.pool, constants, dtype, PLAIN)
     constants = launch.classify_constants(head, True, False)
-    yield Specialisation(f"classify {classes}", launch.classify, constants, dtype, tile)
+    yield Specialisation(f"classify {classes}", launch.classify, constants, dtype, PLAIN)
+    constants = backward.loss_constants(head, True)
+    yield Specialisation(f"loss gradient {classes}", backward.loss_gradient, constants, dtype, PLAIN)
+    constants = {"C": channels, "PROLOGUE": True, "BLOCK": backward.BLOCK}
+    yield Specialisation(f"signs {channels}", backward.signs, constants, dtype, PLAIN)
+    constants = {"ELEMENTS": channels * pixels, "BLOCK": 4 * backward.BLOCK}
+    yield Specialisation(f"square norms {channels}", backward.square_norms, constants, dtype, PLAIN)
+    yield Specialisation(f"normalise {channels}", backward.normalise, constants, dtype, PLAIN)
+
+
+def shipped(dtype: torch.dtype, capability: int, tf32: bool = False) -> Iterator[Specialisation]:
+    """Every specialisation for the usual networks, each once; `tf32` for fp32 products on the tensor cores."""
+    seen = set()
+    for each in (*usual(dtype, capability), *ends(64, 64, 10, dtype), *ends(2048, 49, 1000, dtype)):
+        if tf32 and "PRECISION" in each.constants:
+            each = replace(each, constants=each.constants | {"PRECISION": "tf32"})
+        elif tf32:
+            continue
+        key = (each.kernel.__name__, tuple(sorted(each.constants.items())), each.tile)
+        if key not in seen:
+            seen.add(key)
+            yield each
 
 
 def compile_for(each: Specialisation, capability: int) -> Resources:
@@ -145,14 +195,15 @@ def compile_for(each: Specialisation, capability: int) -> Resources:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", type=int, nargs="*", default=list(ARCHITECTURES))
-    parser.add_argument("--dtype", choices=sorted(TYPES.values()), nargs="*", default=sorted(TYPES.values()))
+    parser.add_argument("--dtype", choices=[*TYPES.values(), "tf32"], nargs="*", default=[*TYPES.values(), "tf32"])
     arguments = parser.parse_args()
+    names = {name: dtype for dtype, name in TYPES.items()} | {"tf32": torch.float32}
     for capability in arguments.capability:
-        for dtype in (dtype for dtype, name in TYPES.items() if name in arguments.dtype):
-            for each in (*usual(dtype, capability), *heads(64, 64, 10, dtype), *heads(2048, 49, 1000, dtype)):
+        for name in arguments.dtype:
+            for each in shipped(names[name], capability, name == "tf32"):
                 r = compile_for(each, capability)
                 print(
-                    f"sm_{capability} {TYPES[dtype]} {each.name:32} {r.registers:4} registers {r.spills:4} B spilled "
+                    f"sm_{capability} {name} {each.name:42} {r.registers:4} registers {r.spills:4} B spilled "
                     f"{r.shared:7} B shared  {' '.join(r.instructions)}",
                     flush=True,
                 )

@@ -108,12 +108,16 @@ def save(file: Path, tiles: dict[str, Tile]) -> None:
 
 
 @functools.cache
+def of_device(channels: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The default on this device."""
+    if device.type != "cuda":  # the interpreter
+        return default(channels, dtype, 90)
+    major, minor = torch.cuda.get_device_capability(device)
+    return default(channels, dtype, 10 * major + minor)
+
+
+@functools.cache
 def choose(shape: ConvShape, dtype: torch.dtype, device: torch.device, prologue: bool, shortcut: int) -> Tile:
     """The tile for a convolution on this device: measured if it has been, else the default."""
-    if device.type != "cuda":  # the interpreter
-        return default(shape.n, dtype, 90)
-    tile = measured(cache_file(device)).get(key(shape, dtype, prologue, shortcut))
-    if tile is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        tile = default(shape.n, dtype, 10 * major + minor)
-    return tile
+    known = measured(cache_file(device)) if device.type == "cuda" else {}
+    return known.get(key(shape, dtype, prologue, shortcut)) or of_device(shape.n, dtype, device)

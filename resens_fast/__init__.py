@@ -11,8 +11,10 @@ Only torch and numpy are needed to import the package; pandas, pyarrow, scipy an
 needs them.
 """
 
-from . import data, engines, errors, models, sweeps, training
+from . import data, engines, errors, highway, models, paths, sweeps, training
 from .evaluate import evaluate, logits
+from .gradient_plan import GradientPlan, gradient_plan
+from .gradients import gate_gradients, input_gradients, path_gradients
 from .network import ResidualNetwork
 from .plan import Plan, plan
 from .study import Study, open_study
@@ -22,6 +24,7 @@ from .wrap import wrap
 
 __all__ = [
     "Configuration",
+    "GradientPlan",
     "Plan",
     "ResidualNetwork",
     "Study",
@@ -31,9 +34,15 @@ __all__ = [
     "engines",
     "errors",
     "evaluate",
+    "gate_gradients",
+    "gradient_plan",
+    "highway",
+    "input_gradients",
     "logits",
     "models",
     "open_study",
+    "path_gradients",
+    "paths",
     "plan",
     "sweeps",
     "training",

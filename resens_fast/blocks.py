@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resens_fast.piece import Piece, attribute
 from resens_fast.structure import Shape
@@ -101,6 +104,37 @@ class Block:
         else:
             y = shortcut + branch if gate == 1.0 else torch.add(shortcut, branch, alpha=gate)
         return self.closing(y, own=True)
+
+    def run_rows(self, x: Tensor, rows: Tensor, gates: Tensor | None = None) -> Tensor:
+        """As `run`, where only the images `rows` (int64 [K], K > 0) of the batch have the branch; the others skip it.
+
+        gates: [K], or None for 1 everywhere.  Batch norm in the branch sees these images alone.
+        """
+        p = self.prologue(x)
+        shortcut = self.shortcut(p)
+        lone = len(rows) == 1 and shortcut[0, 0].numel() == 1
+        with self._running_statistics() if lone else contextlib.nullcontext():
+            branch = self.branch(p[rows])
+        y = shortcut.to(torch.promote_types(shortcut.dtype, branch.dtype), copy=True)
+        if not self.gateable:
+            y.index_copy_(0, rows, branch)
+        else:
+            scaled = branch if gates is None else gates.to(branch.dtype).view(-1, 1, 1, 1) * branch
+            y.index_add_(0, rows, scaled.to(y.dtype))
+        return self.closing(y, own=True)
+
+    @contextlib.contextmanager
+    def _running_statistics(self) -> Iterator[None]:
+        """The branch's batch norms as in eval mode: one value per channel has no variance, and PyTorch would raise."""
+        names = {str(node.target) for node in self.recipe.branch.nodes if node.op == "call_module"}
+        norms = [m for m in map(self.model.get_submodule, names) if isinstance(m, _BatchNorm) and m.training]
+        try:
+            for norm in norms:
+                norm.eval()
+            yield
+        finally:
+            for norm in norms:
+                norm.train()
 
     def skip(self, x: Tensor) -> Tensor:
         """The deleted block's output closing(shortcut(prologue(x))); x is left as it was, or is itself the result."""

@@ -59,8 +59,8 @@ class Checkpoint:
                 f"{self.folder} already holds a training run: resume it (--resume) or choose another folder"
             )
         saved = self._read()
-        for key, now in self.recipe.items():
-            before = saved["recipe"].get(key)
+        for key in {**self.recipe, **saved["recipe"]}:
+            now, before = self.recipe.get(key), saved["recipe"].get(key)
             if before != now:
                 raise ModelError(
                     f"{self.folder} was trained with {key} = {before}, not {now}: resume it with the same options or "

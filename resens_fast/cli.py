@@ -1,4 +1,4 @@
-"""The command line `resens`: lesion, reorder, train, show, doctor, demo."""
+"""The command line `resens`: lesion, reorder, gradients, paths, train, gates, show, doctor, demo."""
 
 from __future__ import annotations
 
@@ -8,8 +8,23 @@ from typing import Annotated
 
 import typer
 
-from .commands import architecture, parse
+from .commands import architecture, parse, path_commands
 from .commands.oneline import Group, State
+from .commands.options import (
+    Checkpoint,
+    Data,
+    Device,
+    Dtype,
+    EngineName,
+    ImageSize,
+    Limit,
+    Mean,
+    Model,
+    Out,
+    Seed,
+    Std,
+    Threads,
+)
 
 app = typer.Typer(
     cls=Group,
@@ -25,89 +40,6 @@ app = typer.Typer(
         "resumed by running the same command again."
     ),
 )
-
-# What MODEL and --data may be, in one place for the commands that take them.
-MODEL_HELP = (
-    "A network that ships with the package (resens doctor lists them), a folder that resens train wrote, "
-    "or module:factory (also file.py:factory), a function without arguments that returns a torch.nn.Module."
-)
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="SPEC",
-        help="digits, cifar10, cifar10:PATH, fashion-mnist or folder:PATH (a folder per class).",
-        show_default=False,
-    ),
-]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out", metavar="DIR", help="Folder for the study and its figures; one study per folder.", show_default=False
-    ),
-]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="FILE",
-        help="Weights for module:factory: .safetensors, .pt or .pth with a state_dict.",
-        show_default=False,
-    ),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        "--mean",
-        metavar="LIST",
-        help="Mean of each channel in [0, 1] the network was trained with, such as 0.49,0.48,0.45.",
-        show_default=False,
-    ),
-]
-Std = Annotated[
-    str | None,
-    typer.Option("--std", metavar="LIST", help="Standard deviation of each channel, likewise.", show_default=False),
-]
-Size = Annotated[
-    str | None,
-    typer.Option(
-        "--image-size",
-        metavar="SIZE",
-        help="Height x width for folder:PATH with module:factory, such as 224.",
-        show_default=False,
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit-images", metavar="N", min=1, help="Use N of the test images, always the same ones.", show_default=False
-    ),
-]
-EngineName = Annotated[
-    str,
-    typer.Option(
-        "--engine", metavar="NAME", help="auto takes the fastest one that covers the network; resens doctor lists them."
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="NAME",
-        help="float32, float64, bfloat16 or float16; the network's own if not given.",
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the CPU if not given.", show_default=False),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", metavar="N", min=1, help="CPU threads; all cores if not given.", show_default=False),
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random draws; the same draws on every machine.")]
 
 
 def _version(wanted: bool) -> None:
@@ -160,7 +92,7 @@ def lesion(
     checkpoint: Checkpoint = None,
     mean: Mean = None,
     std: Std = None,
-    image_size: Size = None,
+    image_size: ImageSize = None,
     limit_images: Limit = None,
     engine: EngineName = "auto",
     dtype: Dtype = None,
@@ -212,7 +144,7 @@ def reorder(
     checkpoint: Checkpoint = None,
     mean: Mean = None,
     std: Std = None,
-    image_size: Size = None,
+    image_size: ImageSize = None,
     limit_images: Limit = None,
     engine: EngineName = "auto",
     dtype: Dtype = None,
@@ -234,6 +166,10 @@ def reorder(
     with Job(ctx.ensure_object(State), out, target, How(engine, dtype, device, threads)) as job:
         net = job.net
         job.run(sweeps.intact(net) + sweeps.swap_random(net, ks, samples=samples, seed=seed))
+
+
+app.command()(path_commands.gradients)
+app.command()(path_commands.paths)
 
 
 @app.command()
@@ -289,6 +225,19 @@ def train(
         str, typer.Option("--dtype", metavar="NAME", help="auto, float32 or bfloat16 (autocast).")
     ] = "auto",
     seed: Seed = 0,
+    sample_blocks: Annotated[
+        int | None,
+        typer.Option("--sample-blocks", metavar="K", help="Every batch runs K random blocks.", show_default=False),
+    ] = None,
+    stochastic_depth: Annotated[
+        float | None,
+        typer.Option(
+            "--stochastic-depth",
+            metavar="P",
+            help="Blocks run at random, the last one with probability P, those before it linearly more often.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
     limit_images: Annotated[
         int | None,
@@ -306,8 +255,36 @@ def train(
     from .commands import train as training
 
     set_threads(threads)
-    options = training.Options(epochs, batch, learning_rate, weight_decay, crop, flip, dtype, seed)
+    options = training.Options(
+        epochs, batch, learning_rate, weight_decay, crop, flip, dtype, seed, sample_blocks, stochastic_depth
+    )
     training.train(ctx.ensure_object(State), model, data, out, options, resume, device, limit_images)
+
+
+@app.command()
+def gates(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    checkpoint: Checkpoint = None,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    limit_images: Limit = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Print how far the gates of a highway network's blocks are open, on average over images.
+
+    \b
+    resens train highway32 --data cifar10 --out runs/highway32
+    resens gates runs/highway32 --data cifar10
+    """
+    from .commands import gates as table
+    from .commands.run import Target
+
+    set_threads(threads)
+    table.show(Target(model, data, checkpoint, mean, std, image_size, limit_images), device)
 
 
 @app.command()

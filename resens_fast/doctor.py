@@ -110,8 +110,11 @@ def _engines() -> dict[str, str]:
     from . import engines
 
     def state(name: str) -> str:
-        missing = engines.get(name).missing()
-        return "ready" if missing is None else f"missing: {missing}"
+        engine = engines.get(name)
+        missing = engine.missing()
+        if missing is not None:
+            return f"missing: {missing}"
+        return "ready" if engine.unproven is None else f"ready, but auto passes over it: {engine.unproven}"
 
     found = {}
     for name in engines.names():
@@ -169,6 +172,8 @@ def _cuda() -> dict[str, Any]:
                 f"{d['name']}, sm_{d['capability'][0]}{d['capability'][1]}, {d['multiprocessors']} SMs, "
                 f"{d['shared_bytes_per_block'] // 1024} KB shared memory, {d['l2_bytes'] >> 20} MB L2"
             )
+            answer = _try(partial(_cuda_engine, i, d["capability"]))
+            facts[f"cuda engine on {i}"] = answer if isinstance(answer, str) else f"broken: {answer['error']}"
         if why:
             facts["devices"] = f"none: {why}"
         return facts
@@ -178,6 +183,24 @@ def _cuda() -> dict[str, Any]:
     if not torch.cuda.device_count():
         facts["devices"] = "none"
     return facts
+
+
+def _cuda_engine(index: int, capability: tuple[int, int]) -> str:
+    """What the cuda engine does for CIFAR-sized networks of basic blocks on a device, and for the others."""
+    import torch
+
+    from .engines.cuda import ASK, OLDEST, WIDTHS
+
+    if tuple(capability) < OLDEST:
+        return f"none: it needs compute capability {OLDEST[0]}.{OLDEST[1]}; the torch engine runs there"
+    found = {width: torch.ops.resens_fast.cuda_variant(index, False, width)[0] for width in WIDTHS}
+    tape = [f"{width}, {2 * width} and {4 * width} channels ({n} per CTA)" for width, n in found.items() if n]
+    if not tape:
+        return "level by level: this build has no tape kernel that fits the device"
+    return (
+        f"one launch for CIFAR networks of basic blocks of {' or '.join(tape)} in bfloat16 or float16, others and "
+        f"float32 level by level; for a float32 network {ASK}"
+    )
 
 
 def _data() -> dict[str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .engines.base import Tally
 from .errors import StudyError
+from .gradient_study import GradientStudy, Norms
 from .structure import Structure
 from .study import Part, Study, check_contiguous
 from .sweep import Sweep
@@ -112,7 +113,7 @@ class StudyFolder:
 
     def write_part(self, part: Part) -> None:
         self._atomic_mkdir()
-        columns = {"configuration": np.arange(len(part.tally.errors)), **part.tally._asdict()}
+        columns = {"configuration": np.arange(len(part.tally[0])), **part.tally.columns()}
         extra = {"start": str(part.start), "stop": str(part.stop), "hash": part.hash}
         self._write_table(self.parts_path / f"{part.start:09d}-{part.stop:09d}.parquet", columns, extra)
 
@@ -131,7 +132,9 @@ class StudyFolder:
                 f"{self.sweep_path} is not the sweep that {self.manifest_path.name} names; delete {self.path} "
                 "and evaluate again"
             )
-        study = Study(manifest, sweep, self.read_parts(len(sweep)), self.path)
+        gradients = "gradients" in manifest
+        parts = self.read_parts(len(sweep), Norms if gradients else Tally)
+        study = (GradientStudy if gradients else Study)(manifest, sweep, parts, self.path)
         if study.images != manifest["data"]["images"]:  # parts were deleted since, perhaps because one was damaged
             manifest["complete"] = False
         return study
@@ -158,7 +161,7 @@ class StudyFolder:
         assert isinstance(manifest, dict)
         return manifest
 
-    def read_parts(self, configurations: int) -> list[Part]:
+    def read_parts(self, configurations: int, kind: type[Tally] | type[Norms]) -> list[Part]:
         import pyarrow.parquet as pq
 
         parts = []
@@ -166,15 +169,16 @@ class StudyFolder:
             try:
                 table = pq.read_table(path)
                 extra = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
-                tally = Tally(*(table.column(name).to_numpy().astype(np.int64) for name in Tally._fields))
+                columns = {name: _values(table.column(name)) for name in table.column_names}
+                tally = kind.from_columns(columns)
                 part = Part(int(extra["start"]), int(extra["stop"]), extra["hash"], tally)
             except Exception as error:
                 raise StudyError(
                     f"{path} is damaged ({_short(error)}); delete it and the parts after it, and evaluate again"
                 ) from None
-            if len(tally.errors) != configurations:
+            if len(tally[0]) != configurations:
                 raise StudyError(
-                    f"{path} has {len(tally.errors)} configurations, the sweep {configurations}; it belongs to "
+                    f"{path} has {len(tally[0])} configurations, the sweep {configurations}; it belongs to "
                     "another study"
                 )
             parts.append(part)
@@ -187,7 +191,7 @@ class StudyFolder:
         table = pq.read_table(self.sweep_path)
 
         def rows(name: str, dtype: Any) -> Any:
-            return table.column(name).combine_chunks().values.to_numpy().astype(dtype).reshape(-1, len(structure))
+            return _values(table.column(name)).astype(dtype).reshape(-1, len(structure))
 
         return Sweep(
             structure,
@@ -207,7 +211,8 @@ class StudyFolder:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.table(columns).replace_schema_metadata(metadata)
+        table = pa.table({name: _column(values) for name, values in columns.items()})
+        table = table.replace_schema_metadata(metadata)
         self._atomic(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
     def _atomic(self, path: Path, write: Callable[[Path], object]) -> None:
@@ -231,18 +236,31 @@ class StudyFolder:
 
 
 def _sweep_columns(sweep: Sweep) -> dict[str, Any]:
-    import pyarrow as pa
-
-    def rows(array: Any, kind: Any) -> Any:
-        return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), type=kind), array.shape[1])
-
     return {
         "configuration": np.arange(len(sweep)),
         "kind": list(sweep.kind),
         "k": sweep.k,
-        "order": rows(sweep.orders, pa.int16()),
-        "gates": rows(sweep.gates, pa.float32()),
+        "order": sweep.orders,
+        "gates": sweep.gates,
     }
+
+
+def _column(values: Any) -> Any:
+    """An array [C] as it is, an array [C, n] as a column of lists of n."""
+    import pyarrow as pa
+
+    if np.ndim(values) != 2:
+        return values
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def _values(column: Any) -> Any:
+    """The array that `_column` was given; strings as objects."""
+    import pyarrow as pa
+
+    if pa.types.is_fixed_size_list(column.type):
+        return column.combine_chunks().values.to_numpy().reshape(len(column), -1)
+    return column.to_numpy()
 
 
 def _short(error: BaseException) -> str:

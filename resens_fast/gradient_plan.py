@@ -13,7 +13,7 @@ import numpy as np
 
 from . import extension, planner_py
 from .errors import PlanError, SweepError
-from .plan import Plan, _Trie
+from .plan import Plan, _Trie, check_sweep
 
 if TYPE_CHECKING:
     from .network import ResidualNetwork
@@ -53,12 +53,7 @@ def gradient_plan(net: ResidualNetwork, sweep: Sweep) -> GradientPlan:
     every path goes through (a sequential block, which has no shortcut).
     """
     structure = net.structure
-    if sweep.structure != structure:
-        raise SweepError(
-            f"these paths are of a network with {len(sweep.structure)} blocks and digest "
-            f"{sweep.structure.digest[:8]}, but the network has {len(structure)} blocks and digest "
-            f"{structure.digest[:8]}; build the sweep from it"
-        )
+    check_sweep(structure, sweep)
     order = sweep.orders[0].astype(np.int64)
     for c in np.flatnonzero((sweep.orders != order).any(axis=1))[:1]:
         raise SweepError(f"path {c} runs the blocks in another order than path 0; plan the paths of each order apart")

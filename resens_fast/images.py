@@ -21,13 +21,14 @@ class ImageReader:
     """Reads the data once, in order, in pieces of any size.
 
     data: a DataLoader, a map-style Dataset of (image, label), or ``(images [N, C, H, W], labels [N])``.
-    ``total`` is the number of images when it can be known beforehand, else None.
+    ``total`` is the number of images when it can be known beforehand, else None; ``digest`` is of all that were taken.
     """
 
     def __init__(self, data: Any, structure: Structure) -> None:
         self.structure = structure
         self.position = 0
         self.shuffles = False
+        self.digest = ImageHash()
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.total: int | None
         if isinstance(data, (tuple, list)) and len(data) == 2:
@@ -63,6 +64,7 @@ class ImageReader:
         images, labels = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._left, strict=True))
         self._left = [(images[count:], labels[count:])] if have > count else []
         self.position += min(have, count)
+        self.digest.update(images[:count], labels[:count])
         return images[:count], labels[:count]
 
     def _fill(self, count: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from resens_fast import masks
 from resens_fast.blocks import Block, BlockRecipe
 from resens_fast.errors import DataError, EngineError, SweepError
 from resens_fast.piece import Piece
@@ -75,13 +76,25 @@ class ResidualNetwork(nn.Module):
         """Logits [B, classes] of the state after the last block; the state is left as it was."""
         return self.recipe.head(self.model, state)
 
-    def forward(self, x: Tensor, configuration: Configured | None = None) -> Tensor:
-        """Logits [B, classes] of the model itself, or of one variant of it (differentiable).
+    def forward(
+        self, x: Tensor, configuration: Configured | None = None, mask: Any = None, engine: str | None = None
+    ) -> Tensor:
+        """Logits [B, classes] of the model itself, or of one variant of it; differentiable, in training mode too.
 
-        Raises DataError for images of another kind than the network's, SweepError for another network's configuration.
+        A variant is a configuration of a sweep, or a mask over the n blocks: [n] for the whole batch or [B, n] with a
+        row per image, True or 1 to keep a block, False or 0 to delete it, another number to scale its branch.
+        With a mask and engine="triton" the blocks run as Triton kernels, in eval mode (batch norms frozen).
+        Raises DataError for images of another kind than the network's, SweepError for a configuration or mask that
+        does not fit it, or for both at once.
         """
         self.check_images(x)
+        if engine not in (None, "triton") or (engine and mask is None):
+            raise EngineError(f'engine={engine!r} is not possible here: only engine="triton", and with a mask')
+        if configuration is not None and mask is not None:
+            raise SweepError("a configuration has gates of its own: give either a configuration or a mask, not both")
         try:
+            if mask is not None:
+                return masks.forward(self, x, mask, engine)
             if configuration is None:
                 return self._intact(x)
             return self._variant(x, configuration)

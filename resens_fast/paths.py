@@ -190,10 +190,9 @@ def _curve(lengths: ArrayLike, norms: ArrayLike, n: int | None) -> tuple[NDArray
     wrong = x[(x < 0) | (x > n)] if n is not None else x[x < 0]
     if len(wrong):
         raise StudyError(f"there is no path of length {wrong[0]} through {n} blocks")
-    if len(np.unique(x)) < len(x):
-        raise StudyError(
-            f"length {np.sort(x)[:-1][np.diff(np.sort(x)) == 0][0]} is given twice; give its mean norm once"
-        )
+    found, times = np.unique(x, return_counts=True)
+    if (times > 1).any():
+        raise StudyError(f"length {found[times > 1][0]} is given {times[times > 1][0]} times; give its mean norm once")
     if not np.isfinite(value).all() or (value < 0).any():
         bad = value[~np.isfinite(value) | (value < 0)][0]
         raise StudyError(f"a mean norm is {bad}, but norms are finite and at least 0")

@@ -175,14 +175,21 @@ def plan(net: ResidualNetwork | Structure, sweep: Sweep) -> Plan:
     (``resens_fast.extension.reason()`` says why not) and plain Python with the same results elsewhere.
     """
     structure = net if isinstance(net, Structure) else net.structure
-    if sweep.structure != structure:
-        raise SweepError(
-            f"this sweep is of a network with {len(sweep.structure)} blocks and digest {sweep.structure.digest[:8]}, "
-            f"but the network has {len(structure)} blocks and digest {structure.digest[:8]}; build the sweep from it"
-        )
+    check_sweep(structure, sweep)
     native = extension.module()
     make = native.Trie if native is not None else planner_py.Trie
     try:
         return Plan(sweep, make(*sweep.words(), len(structure)))
     except ValueError as error:
         raise PlanError(str(error)) from None
+
+
+def check_sweep(structure: Structure, sweep: Sweep) -> None:
+    """SweepError unless it is a sweep of the network with this structure."""
+    if not hasattr(sweep, "structure"):
+        raise SweepError(f"a sweep is needed, not {type(sweep).__name__}; build one with resens_fast.sweeps")
+    if sweep.structure != structure:
+        raise SweepError(
+            f"this sweep is of a network with {len(sweep.structure)} blocks and digest {sweep.structure.digest[:8]}, "
+            f"but the network has {len(structure)} blocks and digest {structure.digest[:8]}; build the sweep from it"
+        )

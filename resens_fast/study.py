@@ -22,14 +22,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from .gradient_study import Norms
+
 
 class Part(NamedTuple):
-    """Sums over the images ``[start, stop)``, one value per configuration, with the hash of those images."""
+    """What was found on the images ``[start, stop)``, one value per configuration, with the hash of those images: sums,
+    or in a study of gradients the norms.
+    """
 
     start: int
     stop: int
     hash: str
-    tally: Tally
+    tally: Tally | Norms
 
 
 class Study:
@@ -65,16 +69,11 @@ class Study:
         cross-entropy in nats over the images whose logits are finite. nonfinite: images with a non-finite logit; they
         count as errors. Warns when the study is incomplete.
         """
-        if not self.complete:
-            total = self.manifest["data"]["images"]
-            warnings.warn(
-                f"this study is incomplete: {self.images} of {total or 'an unknown number of'} images; "
-                "evaluate again to finish it",
-                stacklevel=2,
-            )
+        self._warn_incomplete()
         frame = self.sweep.frame
         total_tally = Tally.zeros(len(self.sweep))
         for part in self.parts:
+            assert isinstance(part.tally, Tally)
             total_tally.add(part.tally)
         images = self.images
         finite = images - total_tally.nonfinite
@@ -86,6 +85,15 @@ class Study:
             frame["loss"] = total_tally.loss / LOSS_SCALE / finite
         frame["nonfinite"] = total_tally.nonfinite
         return frame
+
+    def _warn_incomplete(self) -> None:
+        if not self.complete:
+            total = self.manifest["data"]["images"]
+            warnings.warn(
+                f"this study is incomplete: {self.images} of {total or 'an unknown number of'} images; "
+                "evaluate again to finish it",
+                stacklevel=3,
+            )
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """The figure that suits the sweep, as a matplotlib figure; saved when ``path`` is given (its suffix names the

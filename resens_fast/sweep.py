@@ -68,6 +68,11 @@ class Sweep:
     def __iter__(self) -> Iterator[Configuration]:
         return (self[i] for i in range(len(self)))
 
+    def take(self, rows: NDArray[np.int64]) -> Sweep:
+        """The configurations at ``rows``, int [M], in that order."""
+        kind = tuple(self.kind[row] for row in rows)
+        return Sweep(self.structure, self.orders[rows], self.gates[rows], kind, self.k[rows])
+
     def __add__(self, other: Sweep) -> Sweep:
         if not isinstance(other, Sweep):
             return NotImplemented

@@ -21,6 +21,19 @@ from torch.nn import functional as F
 from .checkpoint import Checkpoint, finish
 from .errors import DataError, ModelError
 from .imageset import FolderData, ImageData
+from .random_depth import RandomDepth, sample_blocks, stochastic_depth
+
+__all__ = [
+    "Accuracy",
+    "Recipe",
+    "Trained",
+    "augment",
+    "best_dtype",
+    "measure",
+    "sample_blocks",
+    "stochastic_depth",
+    "train",
+]
 
 Forward = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 Callback = Callable[[int, int, float], None]
@@ -162,14 +175,17 @@ def train(
 ) -> Trained:
     """Trains `model` in place and leaves checkpoint.pt, weights.safetensors, card.json and metrics.csv in `out`.
 
-    `forward(model, images)` is how a batch goes through the network, `callback(epoch, step, loss)` runs after every
-    step, `card` is what the card shall say beside data, recipe and error; with `factory` and `arguments` in it,
-    `models.load(out)` brings the network back.  The checkpoint is replaced atomically after every epoch, so that Ctrl-C
-    or a kill costs at most one; `resume` goes on from it.  Raises ModelError if `out` holds a run and `resume` is not
-    given, if the checkpoint is damaged or belongs to another recipe or network, or when the loss is no longer finite;
-    DataError for sets that do not fit each other or the memory.
+    `forward(model, images)` is how a batch goes through the network; with `sample_blocks(k)` or `stochastic_depth(p)`,
+    which need a wrapped model, the plain network is what is measured after every epoch and what is left at the end.
+    `callback(epoch, step, loss)` runs after every step, `card` is what the card shall say beside data, recipe and
+    error; with `factory` and `arguments` in it, `models.load(out)` brings the network back.  The checkpoint is replaced
+    atomically after every epoch, so that Ctrl-C or a kill costs at most one; `resume` goes on from it.  Raises
+    ModelError if `out` holds a run and `resume` is not given, if the checkpoint is damaged or belongs to another recipe
+    or network, or when the loss is no longer finite; DataError for sets that do not fit each other or the memory.
     """
     recipe = recipe or Recipe()
+    depth = forward if isinstance(forward, RandomDepth) else None
+    about = {**asdict(recipe), **(depth.about if depth else {})}
     learn, test = _check_sets(train_set, test_set)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = best_dtype(where) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -189,14 +205,20 @@ def train(
         pct_start=recipe.warmup,
         cycle_momentum=False,
     )
-    checkpoint = Checkpoint(Path(out), asdict(recipe), model, optimizer, schedule)
+
+    def plain() -> nn.Module:
+        """What there is at test time."""
+        return model if depth is None else depth.plain(model).model
+
+    plain()  # a network that has none is refused before anything is written
+    checkpoint = Checkpoint(Path(out), about, model, optimizer, schedule)
     result = Trained(Path(out), checkpoint.begin(resume))
     for epoch in range(len(result.history), recipe.epochs):
         began = time.perf_counter()
         rate = float(optimizer.param_groups[0]["lr"])
         loss, error = _epoch(model, learn, recipe, epoch, optimizer, schedule, dtype, forward, callback, progress)
         seconds = time.perf_counter() - began
-        tested = measure(model, test, dtype=dtype)
+        tested = measure(plain(), test, dtype=dtype)
         row: dict[str, float] = {
             "epoch": epoch + 1,
             "learning_rate": rate,
@@ -215,17 +237,20 @@ def train(
                 f"({seconds:.0f} s, {row['images_per_second']:.0f} images/s)",
                 flush=True,
             )
+    if depth is not None:
+        model.load_state_dict(plain().state_dict())
+        model = model.model  # type: ignore[assignment]  # a wrapped network: eager, as those who load it measure
     final = measure(model, test)
-    about = {
+    known = {
         "train_images": len(learn),
         "test_images": final.images,
         "errors": final.errors,
         "error": final.error,
         "loss": final.loss,
-        "recipe": {**asdict(recipe), "dtype": str(dtype).removeprefix("torch.")},
+        "recipe": {**about, "dtype": str(dtype).removeprefix("torch.")},
         "minutes": round(sum(row["seconds"] for row in result.history) / 60, 2),
     }
-    finish(result.out, model, {**(card or {}), **_images_card(learn), **about})
+    finish(result.out, model, {**(card or {}), **_images_card(learn), **known})
     return result
 
 

@@ -72,7 +72,9 @@ def _resources(text: str) -> dict[str, dict[str, int]]:
 
 
 def instructions(path: Path, kernel: str) -> dict[str, int]:
-    """How often each SASS opcode (without its suffixes) stands in the kernel whose name contains `kernel`."""
+    """How often each SASS opcode stands in the kernel whose name contains `kernel`: without its suffixes, and LDS also
+    with its width.
+    """
     tool = disassembler()
     assert tool is not None
     text = subprocess.run([tool, "-c", str(path)], capture_output=True, text=True, check=True).stdout
@@ -80,6 +82,10 @@ def instructions(path: Path, kernel: str) -> dict[str, int]:
     for section in re.split(r"\n\s*\.section\s+", text):
         if not section.startswith(".text.") or kernel not in section.split(",")[0]:
             continue
-        for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9]*)", section):
+        for opcode, width in re.findall(
+            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Z0-9]+)*)", section
+        ):
             counts[opcode] = counts.get(opcode, 0) + 1
+            if opcode == "LDS":
+                counts[opcode + width] = counts.get(opcode + width, 0) + 1
     return counts

@@ -113,6 +113,7 @@ class Host:
             _pointer(blocks),
             len(blocks),
             images,
+            packed.width,
             parts,
             _pointer(sizes),
         )
@@ -130,7 +131,7 @@ class Host:
         n = len(images)
         padded = -(-n // multiple) * multiple
         x, p = _aligned(images.contiguous().numpy()), _aligned(packed.stem.numpy())
-        states = _aligned(np.full((padded, 32, 32, 16), np.nan, np.float32))
+        states = _aligned(np.full((padded, 32, 32, packed.width), np.nan, np.float32))
         report, sizes = np.zeros(12, np.int64), np.array([x.nbytes, p.nbytes, states.nbytes], np.int64)
         self.library.rf_stem(
             _pointer(x),
@@ -140,6 +141,7 @@ class Host:
             n,
             padded,
             packed.in_channels,
+            packed.width,
             int(packed.stem_relu),
             _pointer(report),
         )
@@ -157,15 +159,14 @@ class Host:
         stride: int = 1,
         count: int | None = None,
     ) -> Result:
-        """`states` [n, 32, 32, 16]; `count`: images that are real, when the last tile is padded."""
+        """`states` [n, 32, 32, width]; `count`: images that are real, when the last tile is padded."""
         states = _aligned(np.ascontiguousarray(states, np.float32))
         count = len(states) if count is None else count
         at, scaled, relu, classes = packed.head
         tally = _aligned(np.zeros((words, 3), np.int64))
         logits = _aligned(np.full((words, count, classes), np.nan, np.float32))
-        slots = _aligned(
-            np.full((ctas, max(1, program.slots), self.library.rf_slot_floats(images)), np.nan, np.float32)
-        )
+        floats = self.library.rf_slot_floats(images, packed.width)
+        slots = _aligned(np.full((ctas, max(1, program.slots), floats), np.nan, np.float32))
         constants = _aligned(packed.weights.numpy()), _aligned(packed.parameters.numpy())
         arrays = [
             program.tape, program.chunks, program.parts, *constants,
@@ -179,7 +180,9 @@ class Host:
         )
         report = np.zeros(12, np.int64)
         fp16 = int(packed.dtype == torch.float16)
-        self.library.rf_run(fp16, images, ctas, stride, pointers, _pointer(sizes), _pointer(numbers), _pointer(report))
+        self.library.rf_run(
+            fp16, images, packed.width, ctas, stride, pointers, _pointer(sizes), _pointer(numbers), _pointer(report)
+        )
         names = (
             dict(zip(FAILURES, report[:5].tolist(), strict=True)),
             dict(zip(COUNTS, report[5:].tolist(), strict=True)),
@@ -202,6 +205,6 @@ class Host:
         result = self.run(packed, changed, states, np.zeros(len(states)), 1, images, **more)
         out = []
         for slot, stage in enumerate(stages):
-            out.append(np.zeros((images, 16 << stage, 32 >> stage, 32 >> stage), np.float32))
-            self.library.rf_read_slot(images, stage, _pointer(result.slots[0, slot]), _pointer(out[-1]))
+            out.append(np.zeros((images, packed.width << stage, 32 >> stage, 32 >> stage), np.float32))
+            self.library.rf_read_slot(images, packed.width, stage, _pointer(result.slots[0, slot]), _pointer(out[-1]))
         return out, result

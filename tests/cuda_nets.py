@@ -7,8 +7,6 @@ import torch.nn.functional as F
 
 from resens_fast.fused import Conv, FusedBlock, FusedNetwork, Head, Shortcut, Stem
 
-CHANNELS = (16, 32, 64)
-
 
 def conv(generator, inputs, outputs, size, stride, relu, scale=1.0):
     weight = torch.randn(outputs, inputs, size, size, generator=generator) * scale * (2 / (size * size * inputs)) ** 0.5
@@ -27,8 +25,9 @@ def block(
     before=None,
     scale=0.5,
     closing=None,
+    width=16,
 ):
-    outputs = CHANNELS[stage]
+    outputs = width << stage
     inputs = outputs // 2 if changes else outputs
     side = 32 >> stage
     if not changes:
@@ -62,6 +61,7 @@ def network(
     in_channels=3,
     scale=0.5,
     head_scaled=None,
+    width=16,
 ):
     generator = torch.Generator().manual_seed(seed)
     blocks = []
@@ -69,17 +69,28 @@ def network(
         for i in range(blocks_per_stage):
             changes = int(stage > 0 and i == 0)
             blocks.append(
-                block(generator, len(blocks), stage, changes, preactivation, shortcut, activated, before, scale)
+                block(
+                    generator,
+                    len(blocks),
+                    stage,
+                    changes,
+                    preactivation,
+                    shortcut,
+                    activated,
+                    before,
+                    scale,
+                    width=width,
+                )
             )
     head_scaled = preactivation if head_scaled is None else head_scaled
     return FusedNetwork(
-        stem=Stem((conv(generator, in_channels, 16, 3, 1, not preactivation),), None),
+        stem=Stem((conv(generator, in_channels, width, 3, 1, not preactivation),), None),
         blocks=tuple(blocks),
         head=Head(
-            scale=torch.rand(64, generator=generator) + 0.5 if head_scaled else None,
-            shift=torch.randn(64, generator=generator) * 0.1 if head_scaled else None,
+            scale=torch.rand(4 * width, generator=generator) + 0.5 if head_scaled else None,
+            shift=torch.randn(4 * width, generator=generator) * 0.1 if head_scaled else None,
             relu=head_scaled,
-            weight=torch.randn(classes, 64, generator=generator) * 0.3,
+            weight=torch.randn(classes, 4 * width, generator=generator) * 0.3,
             bias=torch.randn(classes, generator=generator) * 0.1,
         ),
         input_shape=(in_channels, 32, 32), classes=classes,

@@ -312,3 +312,46 @@ def test_when_the_cuda_part_does_not_compile_the_rest_is_built(tmp_path: Path) -
     assert (info["cuda"], info["architectures"]) == (None, [])
     answer = python("from resens_fast import extension as e; print(e.reason(), e.module().cuda_devices())", folder)
     assert answer.stdout.strip() == "None ([], 'this build has no CUDA part')", answer.stderr
+
+
+@pytest.fixture(scope="module")
+def cpu_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a torch that has no CUDA, from pip's find-links; the other packages are those of this Python."""
+    folder = tmp_path_factory.mktemp("cpu-torch")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(folder)]
+    done = subprocess.run([*pip, "torch"], capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        pytest.skip(f"no torch wheel where pip looks without an index (find-links): {done.stderr.strip()[-200:]}")
+    version = next(folder.glob("torch/version.py")).read_text()
+    if "cuda: Optional[str] = None" not in version:
+        pytest.skip("the torch wheel in pip's find-links is a build with CUDA; torch+cpu is needed")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_build_against_a_torch_without_cuda(cpu_torch: Path, tmp_path: Path) -> None:
+    """nvcc is there or not: the CPU part is built and used, and the CUDA engine says what it lacks."""
+    folder = checkout(tmp_path / "checkout")
+    done = build(folder, "build_ext", "--inplace", PYTHONPATH=str(cpu_torch), RESENS_FAST_CUDA="")
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA: torch is a build without CUDA" in done.stdout
+    code = """
+        import torch
+        import resens_fast as rf
+        from resens_fast import engines, extension
+        from resens_fast.engines.ops import has_kernel
+        assert torch.version.cuda is None and extension.reason() is None, extension.reason()
+        assert (has_kernel("cpu"), has_kernel("cuda")) == (True, False)
+        net = rf.wrap(rf.models.resnet(8).eval())
+        data = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+        sweep = rf.sweeps.single(net)
+        fast, exact = (rf.evaluate(net, sweep, data, engine=e, progress=False).frame for e in ("cpu", "reference"))
+        assert abs(fast.loss - exact.loss).max() < 1e-4
+        print(engines.get("cuda").missing())
+    """
+    answer = python(code, folder, PYTHONPATH=f"{folder}{os.pathsep}{cpu_torch}")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == "resens_fast._C was built without CUDA: torch is a build without CUDA"
+    demanded = build(folder, "--version", PYTHONPATH=str(cpu_torch), RESENS_FAST_CUDA="1")
+    assert demanded.returncode != 0
+    assert "RESENS_FAST_CUDA=1, but the CUDA part cannot be built: torch is a build without CUDA" in demanded.stderr

@@ -186,7 +186,7 @@ def test_a_trained_folder_is_a_model(tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_version_prints() -> None:
     text = call("--help").stdout
-    for command in ("lesion", "reorder", "train", "show", "doctor", "demo"):
+    for command in ("lesion", "reorder", "train", "gates", "show", "doctor", "demo"):
         assert command in text
         assert call(command, "--help").exit_code == 0
     assert rf.__version__ in call("--version").stdout

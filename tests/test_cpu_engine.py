@@ -309,19 +309,7 @@ def test_the_fake_function(net: rf.ResidualNetwork) -> None:
     plan = rf.plan(net, rf.sweeps.single(net))
     call = cpu.CpuEngine().prepare(net, plan, torch.device("cpu"), torch.float32).call  # type: ignore[attr-defined]
     x, y = images(2), torch.tensor([0, 1])
-    arguments = (
-        x,
-        y,
-        call.layout,
-        call.packed,
-        call.isa,
-        False,
-        call.tape,
-        call.gates,
-        plan.words,
-        1,
-        0,
-        10,
-        torch.zeros(3, dtype=torch.int64),
-    )
+    control = torch.zeros(3, dtype=torch.int64)
+    program = [call.tape, call.gates]
+    arguments = (x, y, call.layout, call.packed, program, plan.words, 10, 1, 0, call.isa, False, control)
     torch.library.opcheck(torch.ops.resens_fast.eval.default, arguments, test_utils=("test_schema", "test_faketensor"))

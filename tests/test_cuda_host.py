@@ -19,6 +19,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the hos
 pytestmark = needs_compiler
 
 DTYPES = [torch.bfloat16, torch.float16]
+# Images per CTA and channels of the first stage: the variants of the kernel.
+VARIANTS = pytest.mark.parametrize(("images", "width"), [(1, 16), (2, 16), (1, 32)])
 KINDS = {
     "post-pad": {},
     "post-pad-trailing": {"before": 0},
@@ -51,8 +53,8 @@ def clean(result) -> None:
     assert not any(result.failures.values()), result.failures
 
 
-def stem_like(n: int, seed: int = 0, nonnegative: bool = True) -> torch.Tensor:
-    x = torch.randn(n, 16, 32, 32, generator=torch.Generator().manual_seed(seed))
+def stem_like(n: int, seed: int = 0, nonnegative: bool = True, width: int = 16) -> torch.Tensor:
+    x = torch.randn(n, width, 32, 32, generator=torch.Generator().manual_seed(seed))
     return x.relu() if nonnegative else x
 
 
@@ -108,10 +110,10 @@ def reference_tally(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("images", [1, 2])
+@VARIANTS
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_block_kind_at_every_stage(host: Host, kind: str, images: int, dtype: torch.dtype) -> None:
-    net = network(seed=1, **KINDS[kind])
+def test_every_block_kind_at_every_stage(host: Host, kind: str, images: int, width: int, dtype: torch.dtype) -> None:
+    net = network(seed=1, width=width, **KINDS[kind])
     letters = [
         (RUN, 0, 1.0),
         (RUN, 1, 0.3),
@@ -125,7 +127,7 @@ def test_every_block_kind_at_every_stage(host: Host, kind: str, images: int, dty
     program = host.program(
         packed, [(o, b) for o, b, _ in letters] + [(HEAD, 0)], [g for _, _, g in letters] + [0.0], images
     )
-    x = stem_like(images, 3, nonnegative=not KINDS[kind].get("preactivation"))
+    x = stem_like(images, 3, not KINDS[kind].get("preactivation"), width)
     states, result = host.trace(packed, program, channels_last(x), images)
     clean(result)
     assert np.array_equal(states[0], x.numpy())
@@ -143,13 +145,13 @@ def test_every_block_kind_at_every_stage(host: Host, kind: str, images: int, dty
 
 
 @pytest.mark.parametrize("kind", ["post-projection", "pre-projection-raw", "pre-pad-activated"])
-@pytest.mark.parametrize("images", [1, 2])
-def test_deleted_transitions(host: Host, kind: str, images: int) -> None:
-    net = network(seed=2, **KINDS[kind])
+@VARIANTS
+def test_deleted_transitions(host: Host, kind: str, images: int, width: int) -> None:
+    net = network(seed=2, width=width, **KINDS[kind])
     packed = pack(net, torch.bfloat16)
     tape = [(RUN, 0), (SHORTCUT, 2), (SHORTCUT, 4), (RUN, 5), (HEAD, 0)]
     program = host.program(packed, tape, [0.7, 0, 0, 1, 0], images)
-    x = stem_like(images, 5)
+    x = stem_like(images, 5, width=width)
     states, result = host.trace(packed, program, channels_last(x), images)
     clean(result)
     reference = Reference(net, torch.bfloat16)
@@ -187,26 +189,29 @@ WORDS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
+    ("kind", "dtype", "width"),
     [
-        ("post-pad", torch.float16),
-        ("post-projection", torch.bfloat16),
-        ("pre-projection-raw", torch.float16),
-        ("pre-projection-activated", torch.bfloat16),
+        ("post-pad", torch.float16, 16),
+        ("post-projection", torch.bfloat16, 16),
+        ("pre-projection-raw", torch.float16, 16),
+        ("pre-projection-activated", torch.bfloat16, 16),
+        ("pre-projection-activated", torch.bfloat16, 32),
+        ("post-pad", torch.float16, 32),
     ],
 )
-def test_mixed_tape_with_every_instruction(host: Host, kind: str, dtype: torch.dtype) -> None:
-    net = network(seed=6, **KINDS[kind])
+def test_mixed_tape_with_every_instruction(host: Host, kind: str, dtype: torch.dtype, width: int) -> None:
+    net = network(seed=6, width=width, **KINDS[kind])
     packed = pack(net, dtype)
-    x = stem_like(4, 8)
+    x = stem_like(4, 8, width=width)
     labels = np.array([1, 5, 3, 9])
     tape, gates = tape_of(WORDS)
     assert {op for op, _ in tape} == {SAVE, RESTORE, RUN, SHORTCUT, HEAD}
     want = reference_logits(net, dtype, x, WORDS)
     bits = None
     for images, parts, ctas, stride in ((2, 1, 1, 1), (2, 3, 2, 7), (1, 8, 3, 5)):
-        program = host.program(packed, tape, gates, images, parts)
-        result = host.run(packed, program, channels_last(x), labels, len(WORDS), images, ctas, stride)
+        per_cta = images if width == 16 else 1
+        program = host.program(packed, tape, gates, per_cta, parts)
+        result = host.run(packed, program, channels_last(x), labels, len(WORDS), per_cta, ctas, stride)
         clean(result)
         error = np.sqrt(np.square(result.logits - want).mean()) / np.sqrt(np.square(want).mean())
         assert error < 1e-3, (images, parts)
@@ -263,9 +268,9 @@ def test_a_network_of_54_blocks(host: Host, preactivation: bool, count: int) -> 
 
 
 @pytest.mark.parametrize("in_channels", [1, 3])
-@pytest.mark.parametrize("preactivation", [False, True])
-def test_stem(host: Host, in_channels: int, preactivation: bool) -> None:
-    net = network(in_channels=in_channels, preactivation=preactivation)
+@pytest.mark.parametrize(("preactivation", "width"), [(False, 16), (True, 16), (False, 32)])
+def test_stem(host: Host, in_channels: int, preactivation: bool, width: int) -> None:
+    net = network(in_channels=in_channels, preactivation=preactivation, width=width)
     images = torch.randn(3, in_channels, 32, 32, generator=torch.Generator().manual_seed(2))
     states, failures = host.stem(pack(net, torch.bfloat16), images, 2)
     assert not any(failures.values())
@@ -275,12 +280,12 @@ def test_stem(host: Host, in_channels: int, preactivation: bool) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 33, 100, MAX_CLASSES])
-@pytest.mark.parametrize("images", [1, 2])
-def test_head_with_any_number_of_classes(host: Host, classes: int, images: int) -> None:
-    net = network(seed=3, blocks_per_stage=1, classes=classes)
+@VARIANTS
+def test_head_with_any_number_of_classes(host: Host, classes: int, images: int, width: int) -> None:
+    net = network(seed=3, blocks_per_stage=1, classes=classes, width=width)
     packed = pack(net, torch.bfloat16)
     words = [((1, 0.0), (2, 0.0))]
-    x = stem_like(4, 11)
+    x = stem_like(4, 11, width=width)
     labels = np.array([0, classes - 1, classes // 2, 0])
     program = host.program(packed, *tape_of(words), images)
     result = host.run(packed, program, channels_last(x), labels[:3], 1, images, count=3)  # the last tile is padded

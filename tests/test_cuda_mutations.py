@@ -34,6 +34,8 @@ MUTATIONS = {  # name: (file in csrc/cuda, what stands there, what is planted)
     "dropped barrier in the head": ("head.cuh", "barrier();  // the next HEAD writes the sums", ""),
     "bias without the gate": ("block.cuh", "v.x *= gate;", ""),
     "tap of the wrong column": ("conv.cuh", "first * G::kPitch + dx * 16 +", "first * G::kPitch + (2 - dx) * 16 +"),
+    "row written before it is complete": ("conv.cuh", "write(acc[(t - 2) % 3]", "write(acc[(t - 1) % 3]"),
+    "gate forgotten": ("block.cuh", "bool plain = gate == 1.f;", "bool plain = true;"),
     "misaligned ring": ("interpreter.cuh", "ring = Y + kBuffer,", "ring = Y + kBuffer + 8,"),
     "prefetch past the list": ("program.cpp", "i < kRingSlots; i++) out.chunks", "i < 0; i++) out.chunks"),
     "logits behind the end of shared memory": ("head.cuh", _LOGIT, _LOGIT.replace("head", "head + 65536")),

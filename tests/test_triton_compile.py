@@ -9,42 +9,65 @@ import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
 
-# The matrix instruction of each architecture. TF32 is off, and without it fp32 products have none.
+# The matrix instruction of each architecture. Small tiles of sm_90 (fewer than 64 rows) take that of sm_80. fp32 has
+# none unless TF32 is asked for.
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Bytes of shared memory: what leaves room for two programs on a multiprocessor of sm_80 (164 KB), sm_90 and sm_100 (228
 # KB) where a tile is up to 64 channels wide, and for one where it is 128. No kernel may spill.
 SHARED = {80: {64: 82_944, 128: 131_072}, 90: {64: 113_664, 128: 196_608}, 100: {64: 113_664, 128: 196_608}}
-CHOSEN = {
-    80: ("post 16 conv2", "pre bottleneck 512-1024 conv3"),
-    90: ("pre 16-32 projection conv2", "post 32-64 pad conv2", "post 32-64 pad shortcut", "pool 64", "classify 10"),
-    100: ("pre 64 conv1",),
+# name: (type, whether fp32 products may be TF32)
+TYPES = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
 }
+CHOSEN = (
+    (80, "bfloat16", "post 16 conv2"),
+    (80, "bfloat16", "pre bottleneck 512-1024 conv3"),
+    (80, "bfloat16", "post 16-32 projection conv1 transpose"),
+    (80, "float16", "post 32-64 projection conv2 weights"),
+    (90, "bfloat16", "pre 16-32 projection conv2"),
+    (90, "bfloat16", "post 32-64 pad conv2"),
+    (90, "bfloat16", "post 32-64 pad shortcut"),
+    (90, "bfloat16", "pre 16-32 projection shortcut transpose"),
+    (90, "bfloat16", "post 32-64 pad shortcut transpose"),
+    (90, "bfloat16", "post 32-64 projection conv2 transpose"),
+    (90, "bfloat16", "pool 64"),
+    (90, "bfloat16", "classify 10"),
+    (90, "bfloat16", "loss gradient 10"),
+    (90, "bfloat16", "signs 64"),
+    (90, "bfloat16", "square norms 64"),
+    (90, "float16", "normalise 64"),
+    (90, "float32", "post 64 conv2"),
+    (90, "tf32", "post 64 conv2"),
+    (100, "bfloat16", "pre 64 conv1"),
+    (100, "bfloat16", "post 32-64 projection shortcut transpose"),
+    (100, "float16", "pre 64 conv1 transpose"),
+)
 
 
-def check(name: str, capability: int, dtype: torch.dtype) -> None:
+def check(name: str, capability: int, kind: str) -> None:
     from resens_fast.kernels import specialisations as s
 
-    every = (*s.usual(dtype, capability), *s.heads(64, 64, 10, dtype), *s.heads(2048, 49, 1000, dtype))
-    (each,) = (one for one in every if one.name == name)
+    dtype, tf32 = TYPES[kind]
+    (each,) = (one for one in s.shipped(dtype, capability, tf32) if one.name == name)
     found = s.compile_for(each, capability)
     assert found.spills == 0
     assert found.registers <= 255
     assert found.shared <= SHARED[capability][128 if each.tile.block_n == 128 else 64]
-    multiplies = "conv" in name or "projection shortcut" in name or ("bottleneck" in name and "shortcut" in name)
-    if multiplies and dtype != torch.float32:
-        assert INSTRUCTION[capability] in found.instructions
+    if "PRECISION" not in each.constants or (each.constants.get("SHORTCUT") in (1, 2) and "conv" not in name):
+        return  # nothing is multiplied
+    if kind == "float32":
+        assert found.instructions == ()
+    else:
+        small = "BLOCK_C" in each.constants and each.constants["BLOCK_C"] < 64
+        assert (INSTRUCTION[80] if small else INSTRUCTION[capability]) in found.instructions
 
 
-@pytest.mark.parametrize(("capability", "name"), [(c, name) for c, names in CHOSEN.items() for name in names])
-def test_compiles(capability: int, name: str) -> None:
-    check(name, capability, torch.bfloat16)
-
-
-def test_fp32_compiles_without_tf32() -> None:
-    from resens_fast.kernels import specialisations as s
-
-    each = next(one for one in s.usual(torch.float32, 90) if one.name == "post 64 conv2")
-    assert s.compile_for(each, 90).instructions == ()
+@pytest.mark.parametrize(("capability", "kind", "name"), CHOSEN)
+def test_compiles(capability: int, kind: str, name: str) -> None:
+    check(name, capability, kind)
 
 
 def test_default_tiles_waste_little() -> None:
@@ -59,17 +82,20 @@ def test_default_tiles_waste_little() -> None:
             assert stored % tiles.block_k(channels, dtype) == 0
 
 
-def every_name() -> list[str]:
+def every() -> list[tuple[int, str, str]]:
     if importlib.util.find_spec("triton") is None:
         return []
     from resens_fast.kernels import specialisations as s
 
-    return [one.name for one in (*s.usual(torch.float16, 90), *s.heads(64, 64, 10, torch.float16))]
+    return [
+        (capability, kind, one.name)
+        for capability in INSTRUCTION
+        for kind, (dtype, tf32) in TYPES.items()
+        for one in s.shipped(dtype, capability, tf32)
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("capability", INSTRUCTION)
-@pytest.mark.parametrize("name", every_name())
-def test_every_specialisation_compiles(name: str, capability: int, dtype: torch.dtype) -> None:
-    check(name, capability, dtype)
+@pytest.mark.parametrize(("capability", "kind", "name"), every())
+def test_every_specialisation_compiles(capability: int, kind: str, name: str) -> None:
+    check(name, capability, kind)

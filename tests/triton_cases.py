@@ -9,11 +9,13 @@ Every case returns {"error": ..., "bound": ...} (a test wants error <= bound) or
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,19 @@ def run_network(name: str, dtype: torch.dtype) -> Result:
     return {"error": error, "bound": bound, "runs": made.executed_runs}
 
 
+@contextlib.contextmanager
+def little_memory(made: Plan, batch: int) -> Iterator[None]:
+    """As few buffers as the plan needs, a step at a time, so many images a batch."""
+    from resens_fast.engines import triton_memory as memory
+
+    before = memory.BUFFERS, memory.SCRATCH_BYTES, memory.BATCH
+    memory.BUFFERS, memory.SCRATCH_BYTES, memory.BATCH = made.least_budget, 1, (batch, batch)
+    try:
+        yield
+    finally:
+        memory.BUFFERS, memory.SCRATCH_BYTES, memory.BATCH = before
+
+
 def run_alone() -> Result:
     """A configuration alone, in a small budget, and an image alone, give the same bits as in the crowd."""
     whole, structure = network("bottleneck-pre-activated-10-20")
@@ -173,10 +188,8 @@ def run_alone() -> Result:
         alone = executor(whole, plan(structure, one), torch.float16).logits(images[2:])
         if not torch.equal(alone[0], crowd[c, 2:]):
             return {"failure": f"configuration {c} alone differs by {(alone[0] - crowd[c, 2:]).abs().max()}"}
-    from resens_fast.engines import triton as engine
-
-    engine._BUFFERS, engine._SCRATCH_BYTES, engine._BATCH = made.least_budget, 1, (2, 2)
-    tight = executor(whole, made, torch.float16)
+    with little_memory(made, 2):
+        tight = executor(whole, made, torch.float16)
     if tight.prepared.schedule.buffers != made.least_budget or tight.batch != 2:
         return {"failure": f"{tight.prepared.schedule.buffers} buffers of {tight.batch} images were used"}
     found = tight.logits(images)[torch.from_numpy(made.word_of)]
@@ -313,7 +326,21 @@ def cases() -> dict[str, Any]:
             table[f"{name}-{dtype}"] = lambda n=name, d=dtype: run_network(n, DTYPES[d])
     table["post-pad-10-17-bfloat16"] = lambda: run_network("post-pad-10-17", torch.bfloat16)
     table |= {"alone": run_alone, "sizes": run_sizes, "head": run_head}
-    return table | {"property": run_property, "tune": run_tune}
+    from tests import triton_blocks, triton_gradients
+
+    table |= {"property": run_property, "tune": run_tune}
+    return table | triton_gradients.cases() | triton_blocks.cases()
+
+
+# What other cases cover too, in smaller networks or the other type; these are the longest.
+SLOW = {
+    "post-projection-16-32-64-float32",
+    "pre-activated-16-32-64-float32",
+    "pre-activated-16-32-64-float16",
+    "pre-projection-17-48-float32",
+    "paths-post-projection-16-32-64-float32",
+    "paths-pre-activated-16-32-64-float32",
+}
 
 
 def without_overflow_checks() -> None:
@@ -342,4 +369,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(cases()))
+    from tests import triton_cases  # what the other files import: one module, not two
+
+    triton_cases.main(sys.argv[1:] or list(cases()))

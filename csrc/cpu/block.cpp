@@ -35,13 +35,13 @@ Worker::Worker(const Network& network, const Kernels& kernels, const char* packe
       tile_(tile),
       states_(network.geometries.size()) {
   int64_t most = 0;
-  const auto count = [&](const Conv& c) {
-    if (c.algorithm == Algorithm::kWinograd) most = std::max(most, kernels.winograd_scratch(c.depth, round_up(c.out_channels, kLanes)));
+  const auto count = [&](const Conv& c, int64_t pitch) {
+    if (c.algorithm == Algorithm::kWinograd) most = std::max(most, kernels.winograd_scratch(c.depth, round_up(c.out_channels, kLanes), pitch));
   };
-  for (const Conv& c : network.stem) count(c);
+  for (const Conv& c : network.stem) count(c, 0);
   for (const Block& b : network.blocks) {
-    for (const Conv& c : b.convs) count(c);
-    if (b.shortcut == ShortcutKind::kProjection) count(b.projection);
+    for (const Conv& c : b.convs) count(c, b.prologue ? b.in.pitch() : 0);
+    if (b.shortcut == ShortcutKind::kProjection) count(b.projection, 0);
   }
   convolution_ = std::make_unique<Buffer>(most);
   head_ = std::make_unique<Buffer>(4LL * (round_up(network.head_channels, kLanes) + round_up(network.classes, kLanes)));
@@ -122,6 +122,10 @@ void Worker::convolve(const Conv& conv, const View& in, View out, const Geometry
   call.height = g.height, call.width = g.width, call.kernel = conv.kernel, call.step = conv.step;
   call.weight = packed_ + conv.weight;
   call.bias = reinterpret_cast<const float*>(packed_ + conv.bias);
+  if (finish.prologue) {
+    call.scale = reinterpret_cast<const float*>(packed_ + finish.prologue->scale);
+    call.shift = reinterpret_cast<const float*>(packed_ + finish.prologue->shift);
+  }
   call.gate = finish.gate, call.out_scale = finish.scale, call.relu = finish.relu, call.mask = finish.mask;
   call.images = images;
   call.scratch = convolution_->data();
@@ -205,15 +209,19 @@ void Worker::branch(const Block& b, const View& from, View to, float gate, int i
   Geometry g = b.in;
   for (size_t i = 0; i < b.convs.size(); ++i) {
     const Conv& c = b.convs[i];
-    in = operand(kOperand, c, in, g, i == 0 && b.prologue ? &b : nullptr, images);
+    const Block* prologue = i == 0 && b.prologue ? &b : nullptr;
+    const Block* within = c.algorithm == Algorithm::kWinograd ? prologue : nullptr;  // the convolution applies it itself
+    in = operand(kOperand, c, in, g, within ? nullptr : prologue, images);
     g.height = (g.height + 2 * c.padding - c.kernel) / c.step + 1;
     g.width = (g.width + 2 * c.padding - c.kernel) / c.step + 1;
     g.channels = c.out_channels, g.stride = round_up(c.out_channels, kLanes);
     if (i + 1 == b.convs.size()) {
+      last.prologue = within;
       convolve(c, in, to, g, last, images);
     } else {
       Finish finish;
       finish.relu = true;
+      finish.prologue = within;
       if (i + 2 == b.convs.size()) finish.scale = gate;  // the gate scales the last convolution's input and its bias
       const View out = scratch(i % 2 ? kMiddle2 : kMiddle, g, images, 4);
       convolve(c, in, out, g, finish, images);

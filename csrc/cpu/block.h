@@ -61,7 +61,8 @@ class Worker {
   View operand(Role role, const Conv& conv, const View& from, const Geometry& g, const Block* prologue, int images);
   View activate(Role role, const View& from, const Geometry& g, const Block& block, int images);  // relu(scale * x + shift), fp32
   bool reads_floats(const Conv& conv) const { return conv.algorithm == Algorithm::kWinograd || !operand_.rounded; }
-  struct Finish {  // what happens to a convolution's sums
+  struct Finish {  // what happens to a convolution's sums, and before it to its input
+    const Block* prologue = nullptr;
     const float* residual = nullptr;
     float gate = 1, scale = 1;
     bool relu = false;

@@ -18,6 +18,7 @@ struct ConvCall {
   int kernel, step;           // direct only
   const void* weight;
   const float* bias;
+  const float *scale, *shift; // Winograd only: the input is relu(scale * in + shift), zero around it; or null
   float gate;                 // scales the bias
   float out_scale;            // multiplies what is written: the gate of the convolution that reads it
   bool relu;
@@ -135,7 +136,7 @@ struct Kernels {
   void (*spread)(const SpreadCall&);
   float (*largest)(const float* in, int64_t pitch, int stride, int height, int width, int every);  // magnitude, in every so many rows
   double (*squares)(const float* in, int64_t pitch, int stride, int height, int width);  // their sum over one image
-  int64_t (*winograd_scratch)(int depth, int out_stride);  // bytes
+  int64_t (*winograd_scratch)(int depth, int out_stride, int64_t in_pitch);  // bytes
   double (*multiply_adds)(int64_t rounds);                 // a yardstick: returns the operations it did
 };
 

@@ -1,9 +1,12 @@
-// Binds the CPU engine: resens_fast::cpu_pack, resens_fast::eval (CPU) and resens_fast::cpu_isas.
+// Binds the CPU engine: resens_fast::cpu_pack, resens_fast::eval on CPU tensors and resens_fast::cpu_isas.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <new>
+#include <optional>
 
 #include "ops_cpu.h"
 
@@ -23,14 +26,15 @@ at::Tensor cpu_pack(const at::Tensor& layout, const at::Tensor& raw, std::string
   });
 }
 
-// images [B, C, H, W] float32, labels [B] int64 (empty: only logits), tape [T, 2] int32, gates [T] float32,
-// logits: the number of classes, or 0 when they stay inside; control [3] int64: [0] set to cancel, [1] steps x images done, [2] their number.
-// -> counts [3, words] int64 (errors, loss, nonfinite), logits [words, B, classes] float32 (or empty).
+// The CPU's eval (schema: ops.cpp). program: tape [T, 2] int32 and gates [T] float32; control [3] int64: [0] set to cancel, [1] steps x images done, [2] their number.
 // A cancelled call returns what was counted so far; the caller knows that it asked for that.
 std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::Tensor& labels, const at::Tensor& layout, const at::Tensor& packed,
-                                            std::string isa, bool rounded, const at::Tensor& tape, const at::Tensor& gates, int64_t words,
-                                            int64_t threads, int64_t tile, int64_t logits, const at::Tensor& control) {
+                                            at::TensorList program, int64_t words, int64_t logits, int64_t threads, int64_t tile, std::string isa, bool rounded,
+                                            const std::optional<at::Tensor>& progress) {
   return with_python_errors([&] {
+    TORCH_CHECK_VALUE(program.size() == 2, "program is the tape and its gates, not ", program.size(), " tensors");
+    const at::Tensor &tape = program[0], &gates = program[1];
+    const at::Tensor control = progress ? *progress : at::zeros({3}, at::kLong);
     const auto network = network_of(layout, isa, rounded);
     check(images, at::kFloat, "images");
     check(labels, at::kLong, "labels");
@@ -110,9 +114,6 @@ TORCH_LIBRARY_FRAGMENT(resens_fast, m) {
       "-> (int, int, int, float[])",
       &cpu_schedule);
   m.def("cpu_pack(Tensor layout, Tensor raw, str isa, bool rounded) -> Tensor");
-  m.def(
-      "eval(Tensor images, Tensor labels, Tensor layout, Tensor packed, str isa, bool rounded, Tensor tape, Tensor gates, int words, int threads, "
-      "int tile, int logits, Tensor(a!) control) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(resens_fast, CPU, m) {

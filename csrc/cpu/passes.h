@@ -51,7 +51,15 @@ static void pad(const PadCall& call) {
         const float* in = call.in + image * call.in_image + static_cast<int64_t>(y) * call.step * call.in_pitch +
                           static_cast<int64_t>(x) * call.step * call.in_stride;
         for (int c = 0; c < call.out_stride; c += W) store(out + c, all(0.0f));
-        for (int c = 0; c < call.channels; ++c) {
+        int c = 0;
+        for (; c + W <= call.channels; c += W) {
+          V sum = all(0.0f);
+          for (int i = 0; i < size; ++i) {
+            for (int j = 0; j < size; ++j) sum = add(sum, load(in + i * call.in_pitch + static_cast<int64_t>(j) * call.in_stride + c));
+          }
+          store(out + call.before + c, mul(sum, all(share)));
+        }
+        for (; c < call.channels; ++c) {
           float sum = 0.0f;
           for (int i = 0; i < size; ++i) {
             for (int j = 0; j < size; ++j) sum += in[i * call.in_pitch + static_cast<int64_t>(j) * call.in_stride + c];

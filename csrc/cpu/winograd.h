@@ -68,12 +68,12 @@ RESENS_INLINE void input_tile(const float* in, int64_t pitch, int channels, type
 }
 
 RESENS_INLINE void output_line(const V* m, V* y) {
-  const V a = all(kA), b = all(kB), a2 = all(0.5f), b2 = all(2.0f), a3 = all(kA3), b3 = all(kB3);
+  const V a = all(kA), b = all(kB), two = all(2.0f);
   const V s1 = add(m[1], m[2]), d1 = sub(m[1], m[2]), s2 = add(m[3], m[4]), d2 = sub(m[3], m[4]);
-  y[0] = add(m[0], add(s1, s2));
-  y[1] = fma(b, d2, mul(a, d1));
-  y[2] = fma(b2, s2, mul(a2, s1));
-  y[3] = fma(b3, d2, fma(a3, d1, m[5]));
+  y[0] = fma(a, s2, fma(two, s1, m[0]));
+  y[1] = fma(b, d1, d2);
+  y[2] = fma(b, s2, s1);
+  y[3] = fma(two, d2, fma(a, d1, m[5]));
 }
 
 // One 4x4 tile from m[e * plane + c] to `out`.
@@ -81,7 +81,7 @@ template <int C, bool kResidual, bool kRelu, bool kScale, bool kMask = false>
 RESENS_INLINE void output_tile(const float* m, int64_t plane, float* out, const float* residual, int64_t pitch, int channels, V scale,
                                const uint8_t* mask = nullptr) {
   const int stride = C ? C : channels;
-  const V a = all(kA), b = all(kB), a2 = all(0.5f), b2 = all(2.0f), a3 = all(kA3), b3 = all(kB3);
+  const V a = all(kA), b = all(kB), two = all(2.0f);
   RESENS_ROLLED for (int c = 0; c < stride; c += W, m += W, out += W, residual += W) {
     V p[6], q[6], y[4];
 #define RESENS_M(i, j) load(m + ((i) * 6 + (j)) * plane)
@@ -98,15 +98,15 @@ RESENS_INLINE void output_tile(const float* m, int64_t plane, float* out, const 
     };
     RESENS_UNROLL for (int j = 0; j < 6; ++j) {
       const V s1 = add(RESENS_M(1, j), RESENS_M(2, j)), s2 = add(RESENS_M(3, j), RESENS_M(4, j));
-      p[j] = add(RESENS_M(0, j), add(s1, s2));
-      q[j] = fma(b2, s2, mul(a2, s1));
+      p[j] = fma(a, s2, fma(two, s1, RESENS_M(0, j)));
+      q[j] = fma(b, s2, s1);
     }
     put(0, p);
     put(2, q);
     RESENS_UNROLL for (int j = 0; j < 6; ++j) {
       const V d1 = sub(RESENS_M(1, j), RESENS_M(2, j)), d2 = sub(RESENS_M(3, j), RESENS_M(4, j));
-      p[j] = fma(b, d2, mul(a, d1));
-      q[j] = fma(b3, d2, fma(a3, d1, RESENS_M(5, j)));
+      p[j] = fma(b, d1, d2);
+      q[j] = fma(two, d2, fma(a, d1, RESENS_M(5, j)));
     }
     put(1, p);
     put(3, q);
@@ -134,6 +134,46 @@ RESENS_INLINE void output_border_tile(const ConvCall& call, const float* m, int6
     }
   }
 }
+
+// Six rows of one image with the prologue applied: what the windows of a row of tiles read, small enough for L1.
+template <int C>
+struct Strip {
+  float* rows;  // [6][pitch]
+  int64_t pitch;
+  int image = -1, ty = 0;
+
+  RESENS_INLINE void zero(float* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += W) store(row + i, all(0.0f));
+  }
+
+  void fill(const ConvCall& call, int at_image, int at_ty) {
+    const int stride = C ? C : call.in_stride;
+    const int64_t filled = static_cast<int64_t>(call.width) * stride;
+    int r = 0;
+    if (image < 0) zero(rows, 6 * pitch);  // the borders stay zero
+    if (image == at_image && ty + 1 == at_ty) {
+      for (; r < 2; ++r) {
+        const float* from = rows + (r + 4) * pitch + stride;
+        float* to = rows + r * pitch + stride;
+        for (int64_t i = 0; i < filled; i += W) store(to + i, load(from + i));
+      }
+    }
+    image = at_image, ty = at_ty;
+    for (; r < 6; ++r) {
+      const int y = 4 * ty - 1 + r;
+      float* to = rows + r * pitch + stride;
+      if (y < 0 || y >= call.height) {
+        zero(to, filled);
+        continue;
+      }
+      const float* from = static_cast<const float*>(call.in) + image * call.in_image + (y + 1) * call.in_pitch + stride;
+      for (int c = 0; c < stride; c += W) {
+        const V scale = load(call.scale + c), shift = load(call.shift + c);
+        for (int64_t i = c; i < filled; i += stride) store(to + i, relu(fma(scale, load(from + i), shift)));
+      }
+    }
+  }
+};
 
 // MR tiles x NR vectors of output channels, kept in registers over all input channels. `ahead` is fetched meanwhile:
 // the weights that come next.
@@ -220,9 +260,9 @@ RESENS_INLINE int chunk_tiles(int ci, int co) {
   return tiles > 64 ? 64 : tiles < 8 ? 8 : tiles;
 }
 
-static int64_t winograd_scratch(int ci, int co) {
+static int64_t winograd_scratch(int ci, int co, int64_t pitch) {
   const int64_t tiles = chunk_tiles(ci, co);
-  return 144 * ((tiles * ci + 16) + (tiles * co + 16) + co) + 256;
+  return 144 * ((tiles * ci + 16) + (tiles * co + 16) + co) + 24 * pitch + 256;
 }
 
 template <class Op, int CI, int CO>
@@ -235,7 +275,8 @@ static void winograd(const ConvCall& call) {
   // One column holds all outputs: a tile's products are finished before they are stored, so M may take V's place.
   constexpr bool in_place = CI && CI == CO && CO <= kColumns * W && sizeof(T) == sizeof(float);
   const int64_t plane_m = in_place ? plane_v : static_cast<int64_t>(most) * co + 16;
-  float* start = static_cast<float*>(call.scratch);
+  Strip<CI> strip = {static_cast<float*>(call.scratch), call.in_pitch};
+  float* start = strip.rows + (call.scale ? 6 * call.in_pitch : 0);
   T* v = reinterpret_cast<T*>(start + 36 * co);
   float* m = in_place ? reinterpret_cast<float*>(v) : reinterpret_cast<float*>(v + 36 * plane_v);
 
@@ -253,8 +294,12 @@ static void winograd(const ConvCall& call) {
     int image = first / tiles_of_image, ty = first % tiles_of_image / across, tx = first % across;
     const int image0 = image, ty0 = ty, tx0 = tx;
     for (int t = 0; t < tiles; ++t) {
-      input_tile<Op, CI>(in + image * call.in_image + ty * 4 * call.in_pitch + static_cast<int64_t>(tx) * 4 * ci, call.in_pitch, ci,
-                         v + static_cast<int64_t>(t) * ci, plane_v);
+      const float* row = in + image * call.in_image + ty * 4 * call.in_pitch;
+      if (call.scale) {
+        if (strip.image != image || strip.ty != ty) strip.fill(call, image, ty);
+        row = strip.rows;
+      }
+      input_tile<Op, CI>(row + static_cast<int64_t>(tx) * 4 * ci, call.in_pitch, ci, v + static_cast<int64_t>(t) * ci, plane_v);
       if (++tx == across) tx = 0, ++ty;
       if (ty * across == tiles_of_image) ty = 0, ++image;
     }

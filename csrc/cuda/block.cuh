@@ -46,14 +46,20 @@ template <class T, class G> RF_DEV void write_operands(const float* x, const G& 
 }
 // The inner activation gate * relu(acc) of rows first .. first + ROWS.
 template <class T, class G, int ROWS> RF_DEV void write_inner(float (*acc)[G::kTiles][4], const G& g, SharedAddress to, int first, float gate) {
+  bool plain = gate == 1.f;  // nearly every block of nearly every word: the conversion does the ReLU
 #pragma unroll
   for (int o = 0; o < ROWS; o++)
 #pragma unroll
     for (int tile = 0; tile < G::kTiles; tile++) {
       SharedAddress p = to + g.store_offset + (first + o) * G::kPitch + tile * G::kPlane;
       float* v = acc[o][tile];
-      sts32(p, pack2<T>(gate * relu(v[0]), gate * relu(v[1])));
-      sts32(p + G::kHalf, pack2<T>(gate * relu(v[2]), gate * relu(v[3])));
+      if (plain) {
+        sts32(p, pack2_relu<T>(v[0], v[1]));
+        sts32(p + G::kHalf, pack2_relu<T>(v[2], v[3]));
+      } else {
+        sts32(p, pack2<T>(gate * relu(v[0]), gate * relu(v[1])));
+        sts32(p + G::kHalf, pack2<T>(gate * relu(v[2]), gate * relu(v[3])));
+      }
     }
 }
 template <class G, int ROWS> RF_DEV void start_with_bias(float (*acc)[G::kTiles][4], const G& g, const float* bias) {
@@ -100,6 +106,13 @@ template <class T, class G, class S> RF_DEV void run_block(float* x, const G& g,
       multiply_chunk<T, G, G::kRows>(acc, g, X, w, chunk, 0);
     }
     write_inner<T, G, G::kRows>(acc, g, Y, 0, at.gate());
+  } else if constexpr (G::kRolling) {
+    SharedAddress w = stream.acquire();
+    float gate = at.gate();
+    Float2 bias[G::kTiles];
+#pragma unroll
+    for (int tile = 0; tile < G::kTiles; tile++) bias[tile] = load_pair(at.parameters(a) + g.channel(tile));
+    multiply_rolling<T, G>(g, X, w, bias, [&](float(&row)[G::kTiles][4], int o) { write_inner<T, G, 1>(&row, g, Y, o, gate); });
   } else {
     SharedAddress w = stream.acquire();
 #pragma unroll 1
@@ -180,7 +193,7 @@ template <class T, class GI, class G, class S> RF_DEV void enter_stage(float* x,
   }
   float acc[G::kRows][G::kTiles][4];
   start_with_bias<G, G::kRows>(acc, g, at.parameters(a));
-  constexpr int kGroups = entry_groups_per_chunk(G::kImages, G::kStage), kChunks = 3 * GI::kSteps / kGroups;
+  constexpr int kGroups = entry_groups_per_chunk(G::kImages, G::kWidth, G::kStage), kChunks = 3 * GI::kSteps / kGroups;
   SharedAddress a_address = entry_address<GI, G>(X, g);
 #pragma unroll 1
   for (int chunk = 0; chunk < kChunks; chunk++) {

@@ -72,6 +72,41 @@ template <class T, class G, int ROWS> RF_DEV void multiply_chunk(float (*acc)[G:
   }
 }
 
+// Rows 0 to kRows - 1 of the first convolution at 32x32, whose weights (one chunk) all fit into registers: every input row is read once and meets the outputs of
+// three rows, `bias` starts a row and write(acc, row) gets it when it is complete. Against sub-blocks of four rows this reads a quarter of the weights and
+// three quarters of the rows.
+template <class T, class G, class W> RF_DEV void multiply_rolling(const G& g, SharedAddress input, SharedAddress weights, const Float2 (&bias)[G::kTiles], W write) {
+  static_assert(G::kSteps == 1 && G::kChunks == 1, "");
+  uint32_t b[3][3][G::kTiles][2];
+#pragma unroll
+  for (int dx = 0; dx < 3; dx++) load_taps<G>(b[dx], weights + dx * G::kGroupBytes, g);
+  float acc[3][G::kTiles][4];
+#pragma unroll
+  for (int t = 0; t < G::kRows + 2; t++) {
+    if (t < G::kRows) {
+#pragma unroll
+      for (int tile = 0; tile < G::kTiles; tile++) {
+        float* v = acc[t % 3][tile];
+        v[0] = v[2] = bias[tile].x;
+        v[1] = v[3] = bias[tile].y;
+      }
+    }
+#pragma unroll
+    for (int dx = 0; dx < 3; dx++) {
+      uint32_t a[4];
+      ldmatrix_x4(a, input + g.a_offset + t * G::kPitch + dx * 16);
+#pragma unroll
+      for (int dy = 0; dy < 3; dy++) {
+        int o = t - dy;
+        if (o < 0 || o >= G::kRows) continue;
+#pragma unroll
+        for (int tile = 0; tile < G::kTiles; tile++) mma_16816<T>(acc[o % 3][tile], a, b[dx][dy][tile][0], b[dx][dy][tile][1]);
+      }
+    }
+    if (t >= 2) write(acc[(t - 2) % 3], t - 2);
+  }
+}
+
 // One chunk of GROUPS groups of the stride-2 convolution from GI's layout into G's: input row 2 o + dy - 1, lanes two pixels apart (two-way bank conflicts; two
 // blocks of a network pay them).
 template <class T, class GI, class G, int GROUPS> RF_DEV void multiply_entry_chunk(float (*acc)[G::kTiles][4], const G& g, SharedAddress a_address, SharedAddress weights, int chunk) {

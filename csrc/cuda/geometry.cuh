@@ -9,12 +9,13 @@
 
 namespace resens::cuda {
 
-template <int STAGE, int IMAGES> struct Geometry {
-  static constexpr int kStage = STAGE, kImages = IMAGES, kChannels = channels_of(STAGE), kSide = side_of(STAGE), kSteps = kChannels / 16;
+template <int STAGE, int IMAGES, int WIDTH> struct Geometry {
+  static constexpr int kStage = STAGE, kImages = IMAGES, kWidth = WIDTH, kChannels = channels_of(WIDTH, STAGE), kSide = side_of(STAGE), kSteps = kChannels / 16;
   static constexpr int kRows = STAGE == 0 ? 8 * IMAGES : STAGE == 1 ? 4 : 2 * IMAGES;
-  static constexpr int kTiles = STAGE == 1 ? 2 * IMAGES : 2;
-  static constexpr int kSubRows = STAGE == 0 ? 4 : kRows;            // the first convolution's accumulators beside the stream: 4 rows at a time at 32x32
-  static constexpr int kGroups = groups_per_chunk(IMAGES, STAGE), kGroupBytes = group_bytes(STAGE), kChunks = 3 * kSteps / kGroups;
+  static constexpr int kTiles = WIDTH == 32 ? 4 : STAGE == 1 ? 2 * IMAGES : 2;
+  static constexpr bool kRolling = STAGE == 0 && WIDTH == 16;        // the first convolution keeps all its weights in registers and walks down the rows
+  static constexpr int kSubRows = STAGE > 0 ? kRows : kRolling ? 1 : 2;  // its output rows at a time: at 32x32 the stream leaves few registers for accumulators
+  static constexpr int kGroups = groups_per_chunk(IMAGES, WIDTH, STAGE), kGroupBytes = group_bytes(WIDTH, STAGE), kChunks = 3 * kSteps / kGroups;
   static constexpr int kPitch = (kSide + 2) * 16, kPlane = (kSide + 2) * kPitch, kImageStride = (kChannels / 8) * kPlane;
   static constexpr int kHalf = kSide >= 16 ? 8 * 16 : IMAGES == 2 ? kImageStride : (kSide / 2) * kPitch;  // to the second 8 pixels of an m-tile
   static constexpr int kWarpsN = kChannels / 8 / kTiles;

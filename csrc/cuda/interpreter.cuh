@@ -1,14 +1,14 @@
 // The tape interpreter: a persistent CTA takes (part, tile of images) items and runs the part's instructions on the tile.
 //
 // Mapping: 256 threads; the tile's residual stream in registers (geometry.cuh), operands and weights in shared memory, slots in global memory (L2 as long as they fit:
-// CTAs * slots * 64 KB per image). One function per stage: register arrays that lived across stages would spill; the stream crosses through shared memory.
+// CTAs * slots * 4 KB * width per image). One function per stage: register arrays that lived across stages would spill; the stream crosses through shared memory.
 // Traffic per item: stem's output once per LOAD, a slot's state per SAVE and RESTORE, weights of every block from L2; what comes out is integers.
 #pragma once
 #include "head.cuh"
 
 namespace resens::cuda {
 
-template <class G> RF_DEV void load_stem(float* x, const G& g, const float* stem) {  // [images, 32, 32, 16]
+template <class G> RF_DEV void load_stem(float* x, const G& g, const float* stem) {  // [images, 32, 32, width]
 #pragma unroll
   for (int o = 0; o < G::kRows; o++)
 #pragma unroll
@@ -75,7 +75,7 @@ RF_DEV void run_stage(S& stream, SharedAddress X, SharedAddress Y, SharedAddress
     } else if (op == kHead) {
       if constexpr (G::kStage == kStages - 1) run_head<G>(x, g, head, a, at.argument(), tile);
     } else {
-      float* slot = a.slots + (static_cast<size_t>(cta_id()) * a.slot_count + at.argument()) * slot_floats(G::kImages);
+      float* slot = a.slots + (static_cast<size_t>(cta_id()) * a.slot_count + at.argument()) * slot_floats(G::kImages, G::kWidth);
       if (op == kSave) save<G>(x, slot, thread_id());
       else restore<G>(x, slot, thread_id());
     }
@@ -84,12 +84,12 @@ RF_DEV void run_stage(S& stream, SharedAddress X, SharedAddress Y, SharedAddress
   }
 }
 
-template <class T, int IMAGES> RF_DEV void interpret(const Arguments& a) {
-  typedef Geometry<0, IMAGES> G0;
-  typedef Geometry<1, IMAGES> G1;
-  typedef Geometry<2, IMAGES> G2;
-  constexpr int kBuffer = buffer_bytes(IMAGES), kSlotBytes = ring_slot_bytes(IMAGES);
-  SharedAddress X = shared_base(), Y = X + kBuffer, ring = Y + kBuffer, head = ring + kRingSlots * kSlotBytes, item_at = head + head_bytes(IMAGES);
+template <class T, int IMAGES, int WIDTH> RF_DEV void interpret(const Arguments& a) {
+  typedef Geometry<0, IMAGES, WIDTH> G0;
+  typedef Geometry<1, IMAGES, WIDTH> G1;
+  typedef Geometry<2, IMAGES, WIDTH> G2;
+  constexpr int kBuffer = buffer_bytes(IMAGES, WIDTH), kSlotBytes = ring_slot_bytes(IMAGES, WIDTH);
+  SharedAddress X = shared_base(), Y = X + kBuffer, ring = Y + kBuffer, head = ring + kRingSlots * kSlotBytes, item_at = head + head_bytes(IMAGES, WIDTH);
   for (;;) {
     if (thread_id() == 0) sts32(item_at, static_cast<uint32_t>(take_next(a.next_item)));
     barrier();

@@ -7,9 +7,9 @@ namespace resens::cuda {
 struct StemArguments;
 
 int launch_stem(const StemArguments& arguments, int ctas, void* stream);
-int launch_tape_bf16(const Arguments& arguments, int images, int ctas, void* stream);
-int launch_tape_fp16(const Arguments& arguments, int images, int ctas, void* stream);
+int launch_tape_bf16(const Arguments& arguments, int images, int width, int ctas, void* stream);
+int launch_tape_fp16(const Arguments& arguments, int images, int width, int ctas, void* stream);
 // Images per CTA of the best variant on the current device, 0 when none runs there; `shared_limit` bytes of shared memory per CTA with opt-in.
-int best_images_bf16(int shared_limit, int* error);
-int best_images_fp16(int shared_limit, int* error);
+int best_images_bf16(int width, int shared_limit, int* error);
+int best_images_fp16(int width, int shared_limit, int* error);
 }  // namespace resens::cuda

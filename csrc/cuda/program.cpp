@@ -68,7 +68,7 @@ double cost_of(const Node& n, const BlockInfo* blocks) {  // in identity blocks;
 struct Writer {
   const Trie& trie;
   const BlockInfo* blocks;
-  int images;
+  int images, width;
   Program& out;
 
   void instruction(int op, int stage, int flags, int32_t argument, int32_t parameters = 0, float gate = 0.f) {
@@ -86,15 +86,15 @@ struct Writer {
         return;
       }
       instruction(kRun, b.stage, b.flags, 0, b.parameters, n.gate);
-      chunks(offset, 2 * 3 * (channels_of(b.stage) / 16) / groups_per_chunk(images, b.stage), chunk_bytes(images, b.stage));
+      chunks(offset, 2 * 3 * (channels_of(width, b.stage) / 16) / groups_per_chunk(images, width, b.stage), chunk_bytes(images, width, b.stage));
       return;
     }
     instruction(kChange, b.stage, b.flags | (n.run ? 0 : kSkipped), b.before, b.parameters, n.gate);
-    if (b.flags & kProjected) chunks(offset, 1, projection_bytes(b.stage));
+    if (b.flags & kProjected) chunks(offset, 1, projection_bytes(width, b.stage));
     if (!n.run) return;
-    int groups = entry_groups_per_chunk(images, b.stage);
-    chunks(offset, 3 * (channels_of(b.stage - 1) / 16) / groups, groups * group_bytes(b.stage));
-    chunks(offset, 3 * (channels_of(b.stage) / 16) / groups_per_chunk(images, b.stage), chunk_bytes(images, b.stage));
+    int groups = entry_groups_per_chunk(images, width, b.stage);
+    chunks(offset, 3 * (channels_of(width, b.stage - 1) / 16) / groups, groups * group_bytes(width, b.stage));
+    chunks(offset, 3 * (channels_of(width, b.stage) / 16) / groups_per_chunk(images, width, b.stage), chunk_bytes(images, width, b.stage));
   }
   void part(size_t first, size_t last);
 };
@@ -161,11 +161,12 @@ void Writer::part(size_t first, size_t last) {
 }
 }  // namespace
 
-Program build_program(const int32_t* tape, const float* gates, size_t length, const BlockInfo* blocks, int block_count, int images, int parts) {
-  if (images != 1 && images != 2) throw std::invalid_argument("images per CTA must be 1 or 2, not " + std::to_string(images));
+Program build_program(const int32_t* tape, const float* gates, size_t length, const BlockInfo* blocks, int block_count, int images, int width, int parts) {
+  if (!(width == 16 && (images == 1 || images == 2)) && !(width == 32 && images == 1))
+    throw std::invalid_argument("there is no kernel for " + std::to_string(images) + " images per CTA and " + std::to_string(width) + " channels");
   Trie trie = read_tape(tape, gates, length, blocks, block_count);
   Program out;
-  Writer writer{trie, blocks, images, out};
+  Writer writer{trie, blocks, images, width, out};
   // Cost up to each head, in tape order; the prefixes that parts share are not counted again.
   double total = 0;
   std::vector<double> upto;

@@ -28,5 +28,5 @@ struct Program {
 };
 
 // `tape` [length, 2] and `gates` [length] as plan.h defines them. Throws std::invalid_argument with one sentence when an instruction does not fit the network.
-Program build_program(const int32_t* tape, const float* gates, size_t length, const BlockInfo* blocks, int block_count, int images, int parts);
+Program build_program(const int32_t* tape, const float* gates, size_t length, const BlockInfo* blocks, int block_count, int images, int width, int parts);
 }  // namespace resens::cuda

@@ -77,7 +77,7 @@ def load(
             if value is not None:
                 raise ModelError(f"{option} is for networks given as module:factory; {model} brings its own")
         if architecture.is_trained(model):
-            card = _read_card(Path(model))
+            card = read_card(Path(model))
             network = architecture.build(card)
             load_checkpoint(network, Path(model) / "weights.safetensors")
         else:
@@ -105,7 +105,8 @@ def check_channels(network: nn.Module, images: Any, model: str) -> None:
         )
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> dict[str, Any]:
+    """What `resens train` noted about the network in a folder.  Raises ModelError when it is damaged."""
     path = folder / "card.json"
     try:
         card = json.loads(path.read_text())
@@ -257,13 +258,8 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
-def torch_device(name: str | None) -> str | None:
-    """The device's name if this machine has it.  Raises EngineError otherwise."""
-    import torch
+def torch_device(names: str | None) -> str | None:
+    """The name of the first device, if this machine has them all.  Raises EngineError otherwise."""
+    from ..engines.several import devices
 
-    if name is not None:
-        try:
-            torch.zeros(1, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise EngineError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
+    return None if names is None else str(devices(names)[0])

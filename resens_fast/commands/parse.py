@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import DataError, SweepError
 
 
-def counts(text: str, option: str) -> list[int]:
+def counts(text: str, option: str, least: int = 1) -> list[int]:
     """The numbers that `1:20`, `2:20:2`, `5` or `1,2,5:8` stand for; ranges include both ends.
 
     Raises SweepError, naming the option and the part of its value that is wrong.
@@ -23,10 +23,9 @@ def counts(text: str, option: str) -> list[int]:
             raise SweepError(f"{option} {text!r} has the step {step}: a step is 1 or more")
         if last < first:
             raise SweepError(f"{option} {text!r} is empty: {last} is below {first}, write {last}:{first}")
-        if first < 1:
-            raise SweepError(
-                f"{option} {text!r} starts at {first}: k is 1 or more, the intact network is always evaluated"
-            )
+        if first < least:
+            why = "k is 1 or more, the intact network is always evaluated" if least else "it must be 0 or more"
+            raise SweepError(f"{option} {text!r} starts at {first}: {why}")
         found += range(first, last + 1, step)
     return list(dict.fromkeys(found))
 

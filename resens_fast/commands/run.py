@@ -71,7 +71,7 @@ class Job:
 
             torch.set_num_threads(how.threads)
         self.loaded = target.load()
-        self.net = self.loaded.net if how.device is None else self.loaded.net.to(how.device)
+        self.net = self.loaded.net if self.device is None else self.loaded.net.to(self.device)
         self._existed = out.exists()
 
     def __enter__(self) -> Job:
@@ -108,18 +108,28 @@ class Job:
         study = evaluate(
             self.net, sweep, loaded.data, engine=self.how.engine, dtype=self.dtype, device=self.how.device, out=self.out
         )
+        self.note()
+        return study
+
+    def note(self) -> None:
+        """Write down in the folder what its study is of."""
+        loaded = self.loaded
         about = {"model": loaded.name, "data": loaded.data_name, "command": shlex.join(["resens", *sys.argv[1:]])}
         write_json(self.out / RUN, about)
-        return study
 
 
 def finish(study: Study, everything: bool = False) -> list[Path]:
     """Print a study's tables and write its figures and results.parquet into its folder; returns what was written."""
     from .. import figures
+    from ..gradient_study import GradientStudy
 
     assert study.path is not None
     about = read_run(study.path)
     name = about.get("model") or study.manifest["network"]["class"].rpartition(".")[2]
+    if isinstance(study, GradientStudy):
+        from .path_report import finish_gradients
+
+        return [*finish_gradients(study, name, about.get("data", "its data"), everything), write_results(study)]
     print_study(study, name, about.get("data", "its data"), everything)
     written = figures.write(study.frame, study.structure, study.path, name, figures.describe(study))
     return [*written, write_results(study)]
@@ -138,7 +148,7 @@ def write_results(study: Study) -> Path:
     assert study.path is not None
     target = study.path / RESULTS
     frame = study.frame
-    for column in ("deleted", "order"):
+    for column in frame.columns.intersection(["deleted", "order"]):  # tuples: Parquet knows lists
         frame[column] = frame[column].map(list)
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -66,6 +66,8 @@ def print_study(study: Study, name: str, data: str, everything: bool = False) ->
         f"\n{name} on {data}: {study.images:,} images, engine {engine['name']}, {engine['dtype']}{memory}, "
         f"{study.manifest['seconds']:.1f} s"
     )
+    if engine.get("path"):
+        print(f"the {engine['name']} engine took the {engine['path']}")
     intact = frame[frame["kind"] == "intact"]
     if len(intact):
         row = intact.iloc[0]

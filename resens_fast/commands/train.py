@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..errors import ModelError
 from . import architecture
 from .loading import check_channels, torch_device
 from .oneline import State
+
+if TYPE_CHECKING:
+    from ..random_depth import RandomDepth
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Options:
     flip: bool | None
     dtype: str
     seed: int
+    sample_blocks: int | None = None
+    stochastic_depth: float | None = None
 
 
 def train(
@@ -39,13 +45,14 @@ def train(
     import torch
 
     from .. import data as datasets
-    from ..training import Recipe
-    from ..training import train as run
+    from .. import training
+    from ..wrap import wrap
 
+    depth = _random_depth(options)
     where = torch_device(device)
     # A digit is no longer the same digit when it is mirrored, and 8 x 8 pixels leave little to crop.
     digits = data == "digits"
-    recipe = Recipe(
+    recipe = training.Recipe(
         epochs=options.epochs,
         batch=options.batch,
         learning_rate=options.learning_rate,
@@ -61,6 +68,8 @@ def train(
     torch.manual_seed(options.seed)
     network = architecture.build(card)
     check_channels(network, images, model)
+    if depth is not None:
+        network = wrap(network, images[0][0][None])
     state.out, state.resume = (
         str(out),
         f"finished epochs are kept in {out}: run the same command with --resume to go on",
@@ -70,7 +79,20 @@ def train(
         f"{model}: {parameters:,} parameters, {len(images):,} training and {len(test):,} test images of {data}",
         flush=True,
     )
-    trained = run(network, images, test, out, recipe, resume=resume, device=where, card={"name": model, **card})
+    trained = training.train(
+        network, images, test, out, recipe, resume=resume, device=where, forward=depth, card={"name": model, **card}
+    )
     print(f"test error {100 * trained.error:.2f} % after {recipe.epochs} epoch{'s' * (recipe.epochs != 1)}")
     print(f"wrote {out / 'weights.safetensors'} and {out / 'card.json'}")
     print(f"next: resens lesion {out} --data {data} --out {out}-lesion")
+
+
+def _random_depth(options: Options) -> RandomDepth | None:
+    """The forward that draws blocks, if one was asked for."""
+    from ..training import sample_blocks, stochastic_depth
+
+    if options.sample_blocks is not None and options.stochastic_depth is not None:
+        raise ModelError("--sample-blocks and --stochastic-depth both draw the blocks of a batch: give one of them")
+    if options.sample_blocks is not None:
+        return sample_blocks(options.sample_blocks)
+    return None if options.stochastic_depth is None else stochastic_depth(options.stochastic_depth)

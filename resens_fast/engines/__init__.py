@@ -5,7 +5,7 @@ A new engine is one file with one `Engine` subclass, listed in `_REGISTRY` in or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -71,14 +71,19 @@ def choose(
 def choose_for_gradients(
     name: str,
     net: ResidualNetwork,
-    plan: GradientPlan,
+    plans: Sequence[GradientPlan],
     device: torch.device,
     dtype: torch.dtype,
     at: str,
     size: tuple[int, ...] | None = None,
 ) -> tuple[Engine, dict[str, str]]:
-    """The engine to take these paths' gradients ``at`` (one of ``AT``) with; otherwise as ``choose``."""
-    return _choose(name, lambda engine: engine.refuses_gradients(net, plan, device, dtype, at), net, size)
+    """The engine to take all these paths' gradients ``at`` (one of ``AT``) with; otherwise as ``choose``."""
+
+    def refuses(engine: Engine) -> str | None:
+        reasons = (engine.refuses_gradients(net, plan, device, dtype, at) for plan in plans)
+        return next((reason for reason in reasons if reason), None)
+
+    return _choose(name, refuses, net, size)
 
 
 _Refuses = Callable[[Engine], str | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,15 @@ class Tally(NamedTuple):
     def add(self, other: Tally) -> None:
         for mine, theirs in zip(self, other, strict=True):
             mine += theirs
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """For a table with a row per word or configuration."""
+        return self._asdict()
+
+    @classmethod
+    def from_columns(cls, columns: dict[str, NDArray[Any]]) -> Tally:
+        """What `columns` gave, among others; KeyError when one is missing."""
+        return cls(*(columns[name].astype(np.int64) for name in cls._fields))
 
     @classmethod
     def gather(cls, words: int, counts: dict[int, torch.Tensor]) -> Tally:

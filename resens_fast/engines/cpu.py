@@ -18,6 +18,7 @@ import torch
 from .. import extension
 from ..plan import HEAD, RUN
 from .base import Engine, Executor, GradientExecutor, Progress, Tally
+from .ops import has_kernel
 from .packed import Packed, packed
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _CALL_SECONDS, _MOST_IMAGES, _TILE = 10.0, 512, 16
 _RATE = 1.5e11
 
 
+@functools.cache
 def isas() -> tuple[str, ...]:
     """The instruction sets the engine has on this machine, best first; empty without the extension."""
     if extension.module() is None or not hasattr(torch.ops.resens_fast, "cpu_isas"):
@@ -44,29 +46,6 @@ def isas() -> tuple[str, ...]:
 def chosen_isa() -> str:
     """RESENS_FAST_ISA, or the best instruction set of this machine."""
     return os.environ.get("RESENS_FAST_ISA") or next(iter(isas()), "")
-
-
-@functools.cache
-def _register_fake() -> None:
-    # Shapes for torch.compile and opcheck: a fake tape cannot be read, so the number of words is an argument.
-    @torch.library.register_fake("resens_fast::eval")
-    def _(
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        layout: torch.Tensor,
-        packed: torch.Tensor,
-        isa: str,
-        rounded: bool,
-        tape: torch.Tensor,
-        gates: torch.Tensor,
-        words: int,
-        threads: int,
-        tile: int,
-        logits: int,
-        control: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = torch.empty(3, words, dtype=torch.int64)
-        return counts, torch.empty((words, images.shape[0], logits) if logits else (0,))
 
 
 def image_seconds(fused: FusedNetwork, tape: np.ndarray) -> float:
@@ -110,10 +89,11 @@ class Call:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts int64 [3, W], and logits float32 [W, B, K] when there are no labels; the GIL is free meanwhile."""
         none = torch.empty(0, dtype=torch.int64)
-        return torch.ops.resens_fast.eval(  # type: ignore[no-any-return]
-            images, none if labels is None else labels, self.layout, self.packed, self.isa, self.rounded, self.tape, self.gates,  # noqa: E501
-            self.words, torch.get_num_threads(), self.tile, self.classes if labels is None else 0, control,
+        counts, logits = torch.ops.resens_fast.eval(
+            images, none if labels is None else labels, self.layout, self.packed, [self.tape, self.gates], self.words,
+            self.classes if labels is None else 0, torch.get_num_threads(), self.tile, self.isa, self.rounded, control,
         )  # fmt: skip
+        return counts, logits
 
 
 def interruptible(call: Callable[[], Any], control: torch.Tensor, progress: Progress | None) -> Any:
@@ -184,8 +164,7 @@ class CpuEngine(Engine):
             return "resens_fast._C was built without csrc/cpu"
         if chosen_isa() not in isas():
             return f"RESENS_FAST_ISA is {chosen_isa()!r}, but this machine has {', '.join(isas())}"
-        _register_fake()
-        return None
+        return None if has_kernel("cpu") else "resens_fast._C was built without csrc/cpu"
 
     def refuses(self, net: ResidualNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -247,10 +226,8 @@ class FastForward:
             return None
         if net.dtype != torch.float32 or net.device.type != "cpu" or CpuEngine().missing() is not None:
             return None
-        if any(m._forward_hooks or m._forward_pre_hooks or m.training for m in net.model.modules()):
-            return None
         state = packed(net)
-        if state.reason is not None:
+        if state.reason is not None or not state.watch.plain():
             return None
         if state is not self.state:
             n = len(net.blocks)

@@ -12,21 +12,28 @@ import torch
 
 from .. import extension
 from ..errors import DataError, EngineError, NotCovered
-from . import cuda_ops
 from .base import Engine, Executor, Progress, Tally
-from .cuda_pack import Packed, pack
+from .cuda_pack import WIDTHS, Packed, pack, refuses
 from .levels import LevelsExecutor
+from .ops import has_kernel
 
 if TYPE_CHECKING:
     from ..network import ResidualNetwork
     from ..plan import Plan
 
+__all__ = ["ASK", "OLDEST", "WIDTHS", "CudaEngine", "TapeExecutor"]
+
 DTYPES = (torch.bfloat16, torch.float16)
+OLDEST = (8, 0)
+"""The least compute capability: bf16 products and cp.async."""
 LAUNCH_SECONDS = 0.7
 """About how long one launch may take, so that progress, Ctrl-C and display watchdogs work."""
 FIRST_GUESS = 12e-6
-"""Seconds that a CTA takes for one block of its tile, before any launch has been measured."""
+"""Seconds that a CTA takes for one block of its tile, before any launch has been measured; the first launch is an
+eighth as long by this guess, in case the card is slower.
+"""
 LOGITS_BYTES = 2**28
+ASK = "pass dtype=torch.bfloat16 (or torch.float16) for it"
 
 
 class Variant(NamedTuple):
@@ -55,13 +62,13 @@ class Mark:
 
 
 class Program(NamedTuple):
-    """A plan as the kernel reads it, on the device; `cost` float64 [parts] in blocks stays on the CPU."""
+    """A plan as the kernel reads it: three tensors on the device, slots on the CPU; `cost` of each part in blocks."""
 
     tape: torch.Tensor
     chunks: torch.Tensor
     parts: torch.Tensor
-    cost: torch.Tensor
-    slots: int
+    slots: torch.Tensor
+    cost: list[float]
 
 
 def launches(cost: list[float], seconds_per_cost: float, limit: float = LAUNCH_SECONDS) -> list[tuple[int, int]]:
@@ -86,15 +93,16 @@ class TapeExecutor(Executor):
     """
 
     def __init__(self, packed: Packed, plan: Plan, device: torch.device, variant: Variant) -> None:
-        self.packed = packed.to(device)
+        self.packed = packed
+        self.layout, self.weights = packed.operands(device)
         self.device, self.variant, self.words = device, variant, plan.words
         tape = plan.tape()
         self._tape = torch.from_numpy(np.ascontiguousarray(tape.instructions, dtype=np.int32)).reshape(-1, 2)
         self._gates = torch.from_numpy(np.ascontiguousarray(tape.gates, dtype=np.float32))
         self._cost = float(plan.executed_runs) + 0.1 * plan.words
         self._programs: dict[int, Program] = {}
-        self._rate = FIRST_GUESS
-        # Sixteen waves: the last, partly filled one costs little, and the stem's output takes 64 KB per image.
+        self._rate: float | None = None  # seconds for a block of a tile, once a launch was timed
+        # Sixteen waves: the last, partly filled one costs little, and the stem's output takes 64 or 128 KB per image.
         self.batch = variant.images * variant.ctas * 16
 
     def program(self, images: int) -> Program:
@@ -105,31 +113,33 @@ class TapeExecutor(Executor):
         wanted = min(self.words, 2 ** math.ceil(math.log2(max(fill, short, 1.0))))
         if wanted not in self._programs:
             tape, chunks, parts, cost, slots = torch.ops.resens_fast.cuda_program(
-                self._tape, self._gates, self.packed.blocks, self.variant.images, wanted
+                self._tape, self._gates, self.packed.blocks, self.variant.images, self.packed.width, wanted
             )
             device = self.device
-            moved = tape.to(device), chunks.to(device), parts.to(device)
-            self._programs[wanted] = Program(*moved, cost, int(slots))
+            self._programs[wanted] = Program(tape.to(device), chunks.to(device), parts.to(device), slots, cost.tolist())
         return self._programs[wanted]
 
-    def stem(self, images: torch.Tensor) -> torch.Tensor:
-        """States [B rounded up to whole tiles, 32, 32, 16] of images float32 [B, C, 32, 32]."""
-        packed = self.packed
-        states: torch.Tensor = torch.ops.resens_fast.stem_cuda(
-            images, packed.stem, packed.stem_relu, self.variant.images
-        )
-        return states
-
     def launch(
-        self, program: Program, first: int, last: int, states: torch.Tensor, labels: torch.Tensor, logits: bool
+        self, program: Program, first: int, last: int, images: torch.Tensor, labels: torch.Tensor, logits: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tally int64 [W, 3] and logits [W, B, K] of parts first to last - 1, zero for other words; nothing waits."""
-        counts, values = torch.ops.resens_fast.eval_cuda(
-            self.packed.weights, self.packed.parameters, states, labels, program.tape, program.chunks,
-            program.parts[first:last], program.slots, self.words, self.packed.head, self.variant.images,
-            self.variant.ctas, self.packed.dtype == torch.float16, logits,
+        """Counts int64 [3, W] and logits [W, B, K] of parts first to last - 1, zero for other words; nothing waits."""
+        counts, values = torch.ops.resens_fast.eval(
+            images, labels, self.layout, self.weights,
+            [program.tape, program.chunks, program.parts[first:last], program.slots],
+            self.words, self.packed.head[3] if logits else 0, self.variant.ctas, self.variant.images,
         )  # fmt: skip
         return counts, values
+
+    def enqueue(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Counts int64 [3, W] of images float32 [B, C, 32, 32] and labels int64 [B], all on the executor's device.
+
+        One launch on the current stream, however long it takes; nothing is read back or waited for, so it can be
+        captured with `torch.cuda.graph`, after a call outside the capture that puts the program onto the device.
+        Labels are not checked.
+        """
+        with self._on_device():
+            program = self.program(len(images))
+            return self.launch(program, 0, len(program.cost), images, labels, False)[0]
 
     def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -139,26 +149,29 @@ class TapeExecutor(Executor):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self._on_device():
             x = images.to(self.device, torch.float32).contiguous()
-            y = labels.to(self.device, torch.int32)
-            states = self.stem(x)
+            y = labels.to(self.device, torch.int64).contiguous()
             program = self.program(len(x))
-            cost = program.cost.tolist()
-            waves = max(1.0, len(states) / self.variant.images / self.variant.ctas)
-            tally = torch.zeros(self.words, 3, dtype=torch.int64, device=self.device)
+            cost = program.cost
+            waves = max(1.0, len(x) / self.variant.images / self.variant.ctas)
+            tally = torch.zeros(3, self.words, dtype=torch.int64, device=self.device)
             out: torch.Tensor | None = None
             queued: list[tuple[Mark, Mark, float]] = []
             part = 0
             while part < len(cost) or queued:
                 if part < len(cost):
-                    last = launches(cost[part:], waves * self._rate)[0][1] + part
+                    rate, limit = (
+                        (FIRST_GUESS, LAUNCH_SECONDS / 8) if self._rate is None else (self._rate, LAUNCH_SECONDS)
+                    )
+                    last = launches(cost[part:], waves * rate, limit)[0][1] + part
                     begin = Mark(self.device)
-                    counts, values = self.launch(program, part, last, states, y, logits)
+                    counts, values = self.launch(program, part, last, x, y, logits)
                     tally += counts
                     if logits:
                         out = values if out is None else out.add_(values)
                     queued.append((begin, Mark(self.device), sum(cost[part:last])))
                     part = last
-                if len(queued) > 1 or part == len(cost):  # one launch runs while the next is prepared
+                # One launch runs while the next is prepared, except while nothing is known about their length.
+                if len(queued) > 1 or part == len(cost) or self._rate is None:
                     begin, end, spent = queued.pop(0)
                     self._rate = max(1e-9, end.seconds_since(begin) / (spent * waves))
                     if progress:
@@ -191,7 +204,7 @@ class TapeExecutor(Executor):
         if low < 0 or high >= self.packed.head[3]:
             raise DataError(f"labels run from {low} to {high}, but the network has {self.packed.head[3]} classes")
         for counts, _ in self._halving(images, labels, False, progress, 1.0):
-            total.add(Tally(*np.ascontiguousarray(counts.cpu().numpy().T)))
+            total.add(Tally(*counts.cpu().numpy()))
         return total
 
     @torch.inference_mode()
@@ -199,8 +212,7 @@ class TapeExecutor(Executor):
         step = max(self.variant.images, LOGITS_BYTES // (4 * max(1, self.words) * self.packed.head[3]))
         pieces = [torch.zeros(self.words, 0, self.packed.head[3])]
         for x in images.split(step) if len(images) else ():
-            labels = torch.zeros(len(x), dtype=torch.int32)
-            for _, out in self._halving(x, labels, True, progress, len(x) / len(images)):
+            for _, out in self._halving(x, torch.zeros(len(x)), True, progress, len(x) / len(images)):
                 assert out is not None
                 pieces.append(out.cpu())
         return torch.cat(pieces, dim=1)
@@ -222,7 +234,7 @@ class CudaEngine(Engine):
         why = extension.reason()
         if why:
             return why
-        if not cuda_ops.register():
+        if not has_kernel("cuda"):
             why = extension.info().get("cuda_reason") or "no reason recorded"
             return f"resens_fast._C was built without CUDA: {why}"
         return None if torch.cuda.is_available() else "torch sees no CUDA device"
@@ -233,9 +245,11 @@ class CudaEngine(Engine):
         if not dtype.is_floating_point:
             return f"the dtype must be a floating-point one, not {dtype}"
         capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"{torch.cuda.get_device_name(device)} has compute capability {capability}; it needs 8.0 or newer"
-        self.bitwise = not isinstance(self.packed(net, dtype), str) and self.variant(device, dtype).images > 0
+        if capability < OLDEST:
+            has = ".".join(map(str, capability))
+            return f"{torch.cuda.get_device_name(device)} has compute capability {has}; it needs 8.0 or newer"
+        packed = self.packed(net, dtype)
+        self.bitwise = not isinstance(packed, str) and self.variant(device, packed).images > 0
         return None
 
     def packed(self, net: ResidualNetwork, dtype: torch.dtype) -> Packed | str:
@@ -245,19 +259,21 @@ class CudaEngine(Engine):
 
             found: Packed | str
             try:
-                found = f"the tape kernel multiplies in bfloat16 or float16, not {dtype}"
+                fused = lower(net)
                 if dtype in DTYPES:
-                    found = pack(lower(net), dtype)
+                    found = pack(fused, dtype)
+                else:
+                    found = refuses(fused) or f"the tape kernel would take this network, but not in {dtype}: {ASK}"
             except NotCovered as reason:
                 found = str(reason)
             self._packed = net, dtype, found
         return self._packed[2]
 
     @staticmethod
-    def variant(device: torch.device, dtype: torch.dtype) -> Variant:
-        """How the kernel runs there; images 0 where neither variant fits."""
+    def variant(device: torch.device, packed: Packed) -> Variant:
+        """How the kernel runs there; images 0 where no variant fits."""
         index = device.index if device.index is not None else torch.cuda.current_device()
-        return Variant(*torch.ops.resens_fast.cuda_variant(index, dtype == torch.float16))
+        return Variant(*torch.ops.resens_fast.cuda_variant(index, packed.dtype == torch.float16, packed.width))
 
     def prepare(self, net: ResidualNetwork, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
         index = device.index if device.index is not None else torch.cuda.current_device()
@@ -265,10 +281,11 @@ class CudaEngine(Engine):
         self._packed = None  # parameters may have changed since the question was asked
         packed = self.packed(net, dtype)
         if not isinstance(packed, str):
-            variant = self.variant(device, dtype)
+            variant = self.variant(device, packed)
             if variant.images:
-                self.path = f"tape kernel, {variant.images} image(s) per CTA"
+                self.path = f"tape kernel for {packed.width} channels, {variant.images} image(s) per CTA"
                 return TapeExecutor(packed, plan, device, variant)
-            packed = f"resens_fast._C has no tape kernel for {torch.cuda.get_device_name(device)}"
+            name = torch.cuda.get_device_name(device)
+            packed = f"resens_fast._C has no tape kernel of {packed.width} channels that fits {name}"
         self.bitwise, self.path = False, f"levels: {packed}"
         return LevelsExecutor(net, plan, device, dtype)

@@ -12,7 +12,7 @@ from ..errors import NotCovered
 if TYPE_CHECKING:
     from ..fused import Conv, FusedBlock, FusedNetwork
 
-CHANNELS, SIDES = (16, 32, 64), (32, 16, 8)
+WIDTHS, SIDES = (16, 32), (32, 16, 8)
 MAX_CLASSES = 448
 SCALED, CLOSING, PROJECTED, ACTIVATED = 1, 2, 4, 8
 
@@ -23,7 +23,7 @@ class Packed:
 
     `weights` uint8 [bytes]; `parameters` float32 [n]; `blocks` int32 [blocks, 6] on the CPU (stage, changes, flags,
     before, offset in parameters, offset in weights); `head` = (offset in parameters, scaled, relu, classes);
-    `stem` float32 [(9 * in_channels + 1) * 16]; `stem_relu`.
+    `stem` float32 [(9 * in_channels + 1) * width]; `stem_relu`; `width` 16 or 32, the channels of the first stage.
     """
 
     weights: torch.Tensor
@@ -33,11 +33,19 @@ class Packed:
     stem: torch.Tensor
     stem_relu: bool
     in_channels: int
+    width: int
     dtype: torch.dtype
 
-    def to(self, device: torch.device) -> Packed:
-        moved = {name: getattr(self, name).to(device) for name in ("weights", "parameters", "stem")}
-        return Packed(**{**self.__dict__, **moved})
+    def operands(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`layout` int32 [10] on the CPU and `packed` uint8 on the device, as resens_fast::eval takes them."""
+        pieces, starts, size = [], [], 0
+        for piece in (self.weights, self.parameters, self.stem):
+            data = piece.contiguous().view(torch.uint8)
+            pieces += [data, data.new_zeros(-len(data) % 16)]  # the kernels read 16 bytes at a time
+            starts.append(size)
+            size += len(data) + len(pieces[-1])
+        fields = [int(self.dtype == torch.float16), self.width, self.in_channels, int(self.stem_relu), *self.head]
+        return torch.tensor([*fields, *starts[1:]], dtype=torch.int32), torch.cat(pieces).to(device)
 
 
 def _convolution(conv: Conv, size: int, stride: int) -> str | None:
@@ -47,10 +55,14 @@ def _convolution(conv: Conv, size: int, stride: int) -> str | None:
     return None
 
 
-def _refuse_block(block: FusedBlock) -> str | None:
-    shapes: list[tuple[int, ...]] = [(c, s, s) for c, s in zip(CHANNELS, SIDES, strict=True)]
+def _shapes(width: int) -> list[tuple[int, ...]]:
+    return [(width << stage, side, side) for stage, side in enumerate(SIDES)]
+
+
+def _refuse_block(block: FusedBlock, shapes: list[tuple[int, ...]]) -> str | None:
     if tuple(block.shape_in) not in shapes or tuple(block.shape_out) not in shapes:
-        return f"has shape {tuple(block.shape_in)}; the kernel holds 16, 32 and 64 channels at 32, 16 and 8 pixels"
+        channels = ", ".join(str(shape[0]) for shape in shapes)
+        return f"has shape {tuple(block.shape_in)}; the kernel holds {channels} channels at 32, 16 and 8 pixels"
     if len(block.convs) != 2 or not block.convs[0].relu or block.convs[1].relu:
         return f"is no basic block: {len(block.convs)} convolutions, the kernel has two with a ReLU between"
     before, after = shapes.index(tuple(block.shape_in)), shapes.index(tuple(block.shape_out))
@@ -65,7 +77,7 @@ def _refuse_block(block: FusedBlock) -> str | None:
         return None if plain else f"has a {short.kind} shortcut without a change of shape that is not x itself"
     if short.pool:
         return "pools before its shortcut"
-    if short.kind == "pad" and short.stride == 2 and short.before + short.after == CHANNELS[before]:
+    if short.kind == "pad" and short.stride == 2 and short.before + short.after == shapes[before][0]:
         return None
     if short.kind == "projection" and short.conv is not None:
         odd = _convolution(short.conv, 1, 2)
@@ -79,14 +91,16 @@ def refuses(net: FusedNetwork) -> str | None:
         return f"images are {net.input_shape[1]}x{net.input_shape[2]}; the kernel takes 32x32"
     if len(net.stem.convs) != 1 or net.stem.maxpool or _convolution(net.stem.convs[0], 3, 1):
         return "the stem is not one 3x3 convolution"
-    if net.stem.convs[0].weight.shape[0] != CHANNELS[0]:
-        return f"the stem has {net.stem.convs[0].weight.shape[0]} channels; the kernel takes {CHANNELS[0]}"
+    width = net.stem.convs[0].weight.shape[0]
+    if width not in WIDTHS:
+        return f"the stem has {width} channels; the kernel takes {' or '.join(map(str, WIDTHS))}"
+    shapes = _shapes(width)
     for block in net.blocks:
-        reason = _refuse_block(block)
+        reason = _refuse_block(block, shapes)
         if reason:
             return f"block {block.index} ({block.name}) {reason}"
-    if not net.blocks or tuple(net.blocks[-1].shape_out) != (64, 8, 8):
-        return "the last block does not reach 64 channels at 8x8"
+    if not net.blocks or tuple(net.blocks[-1].shape_out) != shapes[-1]:
+        return f"the last block does not reach {shapes[-1][0]} channels at 8x8"
     if not 1 <= net.classes <= MAX_CLASSES:
         return f"{net.classes} classes; the kernel counts up to {MAX_CLASSES}"
     return None
@@ -146,6 +160,7 @@ def pack(net: FusedNetwork, dtype: torch.dtype) -> Packed:
     if reason:
         raise NotCovered(reason)
     floats, weights, rows, offset = _Floats(), [], [], 0
+    shapes = _shapes(net.stem.convs[0].weight.shape[0])
     for block in net.blocks:
         changes = tuple(block.shape_in) != tuple(block.shape_out)
         projected = block.shortcut.kind == "projection"
@@ -155,7 +170,7 @@ def pack(net: FusedNetwork, dtype: torch.dtype) -> Packed:
         flags += PROJECTED * projected + ACTIVATED * activated
         before = block.shortcut.before if block.shortcut.kind == "pad" else 0
         start = floats.add(*_floats_of(block))
-        rows.append([CHANNELS.index(block.shape_out[0]), int(changes), flags, before, start, offset])
+        rows.append([shapes.index(tuple(block.shape_out)), int(changes), flags, before, start, offset])
         convs = ([block.shortcut.conv] if block.shortcut.conv is not None else []) + list(block.convs)
         for conv in convs:
             weight = conv.weight.detach().float().cpu()
@@ -182,5 +197,6 @@ def pack(net: FusedNetwork, dtype: torch.dtype) -> Packed:
         stem=stem_floats.contiguous(),
         stem_relu=stem.relu,
         in_channels=int(stem.weight.shape[1]),
+        width=shapes[0][0],
         dtype=dtype,
     )

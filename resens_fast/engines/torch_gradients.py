@@ -2,13 +2,16 @@
 
 The forward keeps of each block the graphs of its four pieces, cut apart: a letter of a path is a vector-Jacobian
 product of some of them. Suffixes that paths share run once; any block that torch can differentiate will do.
+
+A path through many branches shrinks the gradient below what float32 can hold (1e-47 in a ResNet-110), so each image's
+state is kept near 1 and its power of two apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +27,26 @@ if TYPE_CHECKING:
 _BATCH = {"cpu": 32, "cuda": 256}
 _KEPT = {"cpu": 2**30, "cuda": 2**33}  # bytes that a batch's kept activations may take, roughly
 _MAPS = 8  # activations that autograd keeps per block: a bottleneck's, rounded up
+
+
+class State(NamedTuple):
+    """The gradient [B, C, H, W] of each image as mantissa × 2^exponent (int64 [B]), and the squared norm of what the
+    parameters of each block have received, float64 [n].
+    """
+
+    mantissa: Tensor
+    exponent: Tensor
+    squares: Tensor
+
+    def normalised(self) -> State:
+        """The same with a largest mantissa in [0.5, 1); images whose gradient is 0 or not finite stay as they are."""
+        largest = self.mantissa.flatten(1).abs().amax(dim=1).double()
+        shift = torch.frexp(torch.where(largest.isfinite(), largest, 0)).exponent.long()
+        return State(_scaled(self.mantissa, -shift), self.exponent + shift, self.squares)
+
+    def norms(self) -> Tensor:
+        """float64 [B]."""
+        return _scaled(self.mantissa.flatten(1).double().norm(dim=1), self.exponent)
 
 
 class Transposes:
@@ -82,61 +105,85 @@ class TorchGradients(GradientExecutor):
     def norms(self, images: Tensor, labels: Tensor, progress: Progress | None = None) -> Tensor:
         rows: dict[int, Tensor] = {}
         if self.at != "parameters":
-            for word, gradient, _ in self._heads(images, labels, progress, 1.0):
-                rows[word] = gradient.flatten(1).double().norm(dim=1)
+            for word, state in self._heads(images, labels, progress, 1.0):
+                rows[word] = state.norms()
             return torch.stack([rows[word] for word in range(self.words)]).cpu()
         found = torch.empty(self.words, len(images), len(self.order), dtype=torch.float64)
         for i in range(len(images)):  # a parameter's gradient is a sum over the images that went in together
-            for word, _, squares in self._heads(images[i : i + 1], labels[i : i + 1], progress, 1 / len(images)):
-                found[word, i] = squares.sqrt().cpu()
+            for word, state in self._heads(images[i : i + 1], labels[i : i + 1], progress, 1 / len(images)):
+                found[word, i] = state.squares.sqrt().cpu()
         return found
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def gradients(self, images: Tensor, labels: Tensor, progress: Progress | None = None) -> Tensor:
-        rows = {word: gradient for word, gradient, _ in self._heads(images, labels, progress, 1.0)}
+        heads = self._heads(images, labels, progress, 1.0)
+        rows = {word: _scaled(state.mantissa, state.exponent) for word, state in heads}
         return torch.stack([rows[word] for word in range(self.words)]).cpu().contiguous()
 
     def _heads(
         self, images: Tensor, labels: Tensor, progress: Progress | None, share: float
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(word, gradient [B, C, H, W], squared norms [blocks] of the parameters' gradients) of every word; `share` of
-        the progress is this call's.
-        """
+    ) -> Iterator[tuple[int, State]]:
+        """The state of every word at the end of its path; `share` of the progress is this call's."""
         net = self.net
         images = images.detach().to(net.device, net.dtype, memory_format=torch.channels_last, copy=True)
         images.requires_grad_()
         stem = net.stem(images)
-        forward, state = {}, stem
+        forward, out = {}, stem
         for j in self.order:
-            forward[j] = Transposes(net.blocks[j], state, self.at == "parameters")
-            state = forward[j].y
-        last = _leaf(state)
-        logits = net.head(last).double()
-        loss = torch.nn.functional.cross_entropy(logits, labels.to(net.device, copy=True), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, last)
-        squares = torch.zeros(len(self.order), dtype=torch.float64, device=net.device)
-        slots: dict[int, tuple[Tensor, Tensor]] = {}
+            forward[j] = Transposes(net.blocks[j], out, self.at == "parameters")
+            out = forward[j].y
+        state = self._start(out, labels.to(net.device, copy=True))
+        slots: dict[int, State] = {}
         unreported = 0
         for op, arg, gate in self.tape:
             if op in (RUN, SHORTCUT):
-                gradient, more = forward[arg].back(gradient, gate)
-                if more is not None:
-                    squares = squares.index_put((torch.tensor(arg, device=net.device),), more)
+                mantissa, square = forward[arg].back(state.mantissa, gate)
+                squares = state.squares
+                if square is not None:  # of the one image
+                    squares = squares.clone()
+                    squares[arg] = _scaled(square[None], 2 * state.exponent)[0]
+                state = State(mantissa, state.exponent, squares).normalised()
             elif op == SAVE:
-                slots[arg] = gradient, squares
+                slots[arg] = state
             elif op == RESTORE:
-                gradient, squares = slots[arg]
+                state = slots[arg]
             elif op == HEAD and self.at == "image":
-                yield arg, torch.autograd.grad(stem, images, gradient, retain_graph=True)[0], squares
+                (mantissa,) = torch.autograd.grad(stem, images, state.mantissa, retain_graph=True)
+                yield arg, State(mantissa, state.exponent, state.squares)
             elif op == HEAD:
-                yield arg, gradient, squares
+                yield arg, state
             unreported += 1
             if progress and (op == HEAD or unreported == 64):
                 progress(share * unreported / len(self.tape))
                 unreported = 0
         if progress and unreported:
             progress(share * unreported / len(self.tape))
+
+    def _start(self, out: Tensor, labels: Tensor) -> State:
+        """The loss's gradient at the output of the last block; at the logits it is computed in float64."""
+        last = _leaf(out)
+        logits = self.net.head(last)
+        leaf = _leaf(logits.double())
+        loss = torch.nn.functional.cross_entropy(leaf, labels, reduction="sum")
+        (given,) = torch.autograd.grad(loss, leaf)
+        exponent = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
+        squares = torch.zeros(len(self.order), dtype=torch.float64, device=labels.device)
+        start = State(given, exponent, squares).normalised()
+        (mantissa,) = torch.autograd.grad(logits, last, start.mantissa.to(logits.dtype))
+        return State(mantissa, start.exponent, squares).normalised()
+
+
+def _scaled(values: Tensor, exponent: Tensor) -> Tensor:
+    """values [B, ...] × 2^exponent (int [B]), without leaving the range on the way; exact but below the smallest
+    number.
+    """
+    shape = (-1, *[1] * (values.ndim - 1))
+    for part in (exponent // 2, exponent - exponent // 2):
+        # From its bits: torch.ldexp goes through a float32 power, which ends at 2^-149.
+        factor = ((part.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
+        values = values * factor.to(values.dtype).view(shape)
+    return values
 
 
 def _leaf(value: Tensor) -> Tensor:

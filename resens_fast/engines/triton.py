@@ -1,11 +1,7 @@
 """The plan's levels in Triton: one launch advances every configuration that is alive, for all images.
 
 It serves where the compiled CUDA engine is not: in an installation without nvcc, and on other cards. The kernels and
-their launches are in `resens_fast.kernels`; here are the memory and the order.
-
-Memory: half of what the card has free, most of it for state buffers. A buffer is the state of one configuration for one
-batch of images. The more buffers, the more configurations a level holds and the fewer launches a sweep takes; the plan
-says how many it needs at least.
+their launches are in `resens_fast.kernels`, the memory in triton_memory.py, the way back in triton_gradients.py.
 
 Under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported) the same kernels run on the CPU, thousands of
 times slower: that is how they are tested on a machine without a GPU.
@@ -13,115 +9,61 @@ times slower: that is how they are tested on a machine without a GPU.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..errors import EngineError, NotCovered
+from ..errors import NotCovered
 from ..plan import HEAD, RUN
-from .base import Engine, Executor, Progress, Tally
+from .base import Engine, Executor, GradientExecutor, Progress, Tally
+from .triton_memory import SEGMENT, Replay, interpreting, on_device, scaled
 
 if TYPE_CHECKING:
     from ..fused import FusedNetwork
+    from ..gradient_plan import GradientPlan
     from ..kernels.schedule import Launch
     from ..network import ResidualNetwork
     from ..plan import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A batch fills about this much of a buffer: enough pixels that one step occupies the card at the last stage too.
-_BUFFER_BYTES = 2**23
-_BATCH = (16, 256)
-# The intermediate images of a launch: small enough to stay in the L2 cache of an H100, unless the levels are so wide
-# that the launches would be too many.
-_SCRATCH_BYTES, _WIDE_SCRATCH_BYTES, _MANY_LAUNCHES = 2**24, 2**28, 4000
-_BUFFERS = 4096
-# Launches between two progress reports, which is also what a CUDA graph holds: well below a second.
-_SEGMENT = 256
-_INTERPRETER_BYTES = 2**28
 
-
-def interpreting() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-class _Prepared:
+class _Prepared(Replay):
     """Parameters, memory and launches for images of one size."""
 
     def __init__(
         self, network: FusedNetwork, plan: Plan, device: torch.device, dtype: torch.dtype, size: tuple[int, int]
     ) -> None:
         from ..kernels import launch
-        from ..kernels.pack import pack
-        from ..kernels.schedule import schedule
 
-        try:
-            self.packed = packed = pack(network, device, dtype, size)
-        except ValueError as error:
-            raise EngineError(str(error)) from None
-        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _INTERPRETER_BYTES
-        image = packed.state_elements * dtype.itemsize
-        least, most = _BATCH
-        self.batch = min(most, max(least, 1 << (_BUFFER_BYTES // image).bit_length() >> 1))
-        while self.batch > 1 and plan.least_budget * self.batch * image > budget:
-            self.batch //= 2
-        if plan.least_budget * self.batch * image > budget:
-            raise EngineError(
-                f"the triton engine needs {plan.least_budget} states of {image:,} bytes for one image of this sweep, "
-                f"but only {budget:,} bytes are free; use the torch engine or split the sweep"
-            )
-        levels = plan.levels(min(_BUFFERS, budget // (self.batch * image)))
-        self.schedule = schedule(packed, levels, self.batch, _SCRATCH_BYTES)
-        if len(self.schedule.launches) > _MANY_LAUNCHES:
-            self.schedule = schedule(packed, levels, self.batch, _WIDE_SCRATCH_BYTES)
-        self.memory = launch.Memory.allocate(packed, self.schedule, self.batch, plan.words)
+        super().__init__(network, plan, device, dtype, size)
+        self.memory = launch.Memory.allocate(self.packed, self.schedule, self.batch, plan.words)
+        self.logits: torch.Tensor | None = None
         launches = self.schedule.launches
-        self.segments = [launches[i : i + _SEGMENT] for i in range(0, len(launches), _SEGMENT)]
-        self.graphs: list[torch.cuda.CUDAGraph] = []
-        self.captures = device.type == "cuda" and not interpreting() and len(launches) <= _MANY_LAUNCHES
+        segments = [launches[i : i + SEGMENT] for i in range(0, len(launches), SEGMENT)]
+        self.pieces = [(len(each) / len(launches), partial(self.launch, each)) for each in segments]
 
-    def launch(self, launches: tuple[Launch, ...], images: int, logits: torch.Tensor | None) -> None:
+    def launch(self, launches: tuple[Launch, ...], images: int) -> None:
         from ..kernels import launch as kernels
 
         packed, memory, schedule = self.packed, self.memory, self.schedule
         for each in launches:
             if each.op == HEAD:
-                kernels.heads(packed, memory, schedule, each.first, each.count, images, logits)
+                kernels.heads(packed, memory, schedule, each.first, each.count, images, self.logits)
             else:
                 function = kernels.run if each.op == RUN else kernels.skip
                 function(packed, memory, schedule, packed.groups[each.group], each.first, each.count, images)
 
     def execute(self, images: torch.Tensor, logits: torch.Tensor | None, progress: Progress | None) -> None:
-        """Every level for at most `batch` images; full batches that are counted replay graphs from the second one on,
-        when every kernel has run and nothing is compiled in between.
-        """
+        """Every level for at most `batch` images, counted, or into logits float32 [W, B, K]."""
         from ..kernels import launch as kernels
 
         kernels.stem(self.packed, self.memory, images)
-        full = logits is None and len(images) == self.batch
-        for index, segment in enumerate(self.segments):
-            if full and self.graphs:
-                self.graphs[index].replay()
-            else:
-                self.launch(segment, len(images), logits)
-            if progress:
-                if self.packed.device.type == "cuda":
-                    torch.cuda.synchronize(self.packed.device)
-                progress(len(segment) / len(self.schedule.launches))
-        if full and self.captures and not self.graphs:
-            torch.cuda.synchronize(self.packed.device)
-            self.graphs = [self._capture(segment) for segment in self.segments]
-
-    def _capture(self, segment: tuple[Launch, ...]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.launch(segment, self.batch, None)
-        return graph
+        self.logits = logits
+        self.issue(len(images), progress, capture=logits is None)
 
 
 class TritonExecutor(Executor):
@@ -139,9 +81,6 @@ class TritonExecutor(Executor):
             self.prepared, self.size = _Prepared(self.network, self.plan, self.device, self.dtype, size), size
         return self.prepared
 
-    def _on_device(self) -> Any:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
     @torch.inference_mode()
     def tally(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> Tally:
         prepared = self._for(images)
@@ -150,8 +89,8 @@ class TritonExecutor(Executor):
             part = images[start : start + prepared.batch]
             memory.counts.zero_()
             memory.labels[: len(part)] = labels[start : start + prepared.batch].to(self.device)
-            with self._on_device():
-                prepared.execute(part, None, _scaled(progress, len(part) / len(images)))
+            with on_device(self.device):
+                prepared.execute(part, None, scaled(progress, len(part) / len(images)))
             counts = memory.counts.cpu().numpy()
             total.add(Tally(*(np.ascontiguousarray(column) for column in counts.T)))
         return total
@@ -164,14 +103,10 @@ class TritonExecutor(Executor):
         for start in range(0, len(images), prepared.batch):
             part = images[start : start + prepared.batch]
             out = torch.empty(self.plan.words, len(part), self.network.classes, device=self.device)
-            with self._on_device():
-                prepared.execute(part, out, _scaled(progress, len(part) / len(images)))
+            with on_device(self.device):
+                prepared.execute(part, out, scaled(progress, len(part) / len(images)))
             parts.append(out.cpu())
         return torch.cat(parts, dim=1)
-
-
-def _scaled(progress: Progress | None, share: float) -> Progress | None:
-    return None if progress is None else lambda done: progress(done * share)
 
 
 class TritonEngine(Engine):
@@ -205,3 +140,19 @@ class TritonEngine(Engine):
         from ..lower import lower
 
         return TritonExecutor(lower(net), plan, device, dtype)
+
+    def refuses_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> str | None:
+        from ..lower import lower
+        from .triton_gradients import refusal
+
+        return self.refuses(net, device, dtype) or refusal(lower(net), at)
+
+    def prepare_gradients(
+        self, net: ResidualNetwork, plan: GradientPlan, device: torch.device, dtype: torch.dtype, at: str
+    ) -> GradientExecutor:
+        from ..lower import lower
+        from .triton_gradients import TritonGradientExecutor
+
+        return TritonGradientExecutor(lower(net), plan, device, dtype)
