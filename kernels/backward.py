@@ -321,7 +321,8 @@ def norms(
 
 def weight_constants(conv: ConvShape, prologue: bool, pool: int, dtype: torch.dtype, images: int) -> dict[str, Any]:
     c, n = width(conv.c), width(conv.n)
-    block_c, block_n, block_p = min(c & -c, 64), min(n & -n, 64), 64 if dtype.itemsize == 2 else 32
+    widest, block_p = (64, 64) if dtype.itemsize == 2 else (32, 32)  # fp32: 64 channels filled sm_80's registers
+    block_c, block_n = min(c & -c, 64), min(n & -n, widest)
     tiles_of_weights = conv.kernel**2 * (c // block_c) * (n // block_n)
     wanted = launch.cdiv(images * conv.out[0] * conv.out[1], block_p) * tiles_of_weights // PROGRAMS
     least, most = CHUNKS

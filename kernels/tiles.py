@@ -1,9 +1,9 @@
 """How large the tiles are: a default for every shape and architecture, and what this machine has measured.
 
 The defaults come from the resources of the compiled kernels (tests/test_triton_compile.py keeps them within a table):
-no spills, and enough programs on a multiprocessor to hide the reads. `python -m resens_fast.kernels.tune` times the
-candidates on the card at hand and keeps the fastest in a file of this machine; nothing is ever tuned by itself, so
-the first call costs only the compilation.
+no spills but those by which ptxas buys another program, and enough of these to hide the reads. `python -m
+resens_fast.kernels.tune` times the candidates on the card at hand and keeps the fastest in a file of this machine;
+nothing is ever tuned by itself, so the first call costs only the compilation.
 
 BLOCK_K is no choice: it decides the order of the sums, so it follows from the shape alone and a tuned machine adds up
 in the same order as any other.
