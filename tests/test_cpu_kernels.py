@@ -50,8 +50,8 @@ class Packed:
         tape, gates = self.tape(words)
         control = torch.zeros(3, dtype=torch.int64)
         return OPS.eval(
-            x, EMPTY, self.layout, self.packed, self.isa, self.rounded, tape, gates, len(words), threads, tile,
-            self.net.classes, control,
+            x, EMPTY, self.layout, self.packed, [tape, gates], len(words), self.net.classes, threads, tile,
+            self.isa, self.rounded, control,
         )[1]  # fmt: skip
 
     def expected(self, x: torch.Tensor, word: Letters) -> torch.Tensor:
@@ -222,7 +222,18 @@ def test_one_call_counts_as_the_torch_engine_does() -> None:
     control = torch.zeros(3, dtype=torch.int64)
     for threads in (1, 2):
         counts, logits = OPS.eval(
-            x, labels, packed.layout, packed.packed, "", False, tape, gates, 2, threads, 4, packed.net.classes, control
+            x,
+            labels,
+            packed.layout,
+            packed.packed,
+            [tape, gates],
+            2,
+            packed.net.classes,
+            threads,
+            4,
+            "",
+            False,
+            control,
         )
         for w in range(2):
             expected = count(logits[w], labels)
@@ -237,7 +248,18 @@ def test_cancelled_before_it_starts() -> None:
     control = torch.tensor([1, 0, 0])
     x = torch.randn(4, 3, 32, 32)
     counts, _ = OPS.eval(
-        x, torch.zeros(4, dtype=torch.int64), packed.layout, packed.packed, "", False, tape, gates, 1, 2, 0, 0, control
+        x,
+        torch.zeros(4, dtype=torch.int64),
+        packed.layout,
+        packed.packed,
+        [tape, gates],
+        1,
+        0,
+        2,
+        0,
+        "",
+        False,
+        control,
     )
     assert counts.sum() == 0
     assert control[1] == 0
@@ -251,13 +273,13 @@ def test_cancelled_before_it_starts() -> None:
         (lambda a: a.update(images=torch.zeros(2, 3, 32, 32).to(memory_format=torch.channels_last)), "contiguous"),
         (lambda a: a.update(labels=torch.tensor([0, 10])), "Label 10 of image 1"),
         (lambda a: a.update(labels=torch.tensor([0])), "1 labels for 2 images"),
-        (lambda a: a.update(tape=torch.tensor([[RUN, 9]], dtype=torch.int32), gates=torch.ones(1)), "block 9 of 6"),
-        (lambda a: a.update(tape=torch.tensor([[RUN, 3]], dtype=torch.int32), gates=torch.ones(1)), "another shape"),
+        (lambda a: a.update(program=[torch.tensor([[RUN, 9]], dtype=torch.int32), torch.ones(1)]), "block 9 of 6"),
+        (lambda a: a.update(program=[torch.tensor([[RUN, 3]], dtype=torch.int32), torch.ones(1)]), "another shape"),
         (
-            lambda a: a.update(tape=torch.tensor([[RESTORE, 0]], dtype=torch.int32), gates=torch.ones(1)),
+            lambda a: a.update(program=[torch.tensor([[RESTORE, 0]], dtype=torch.int32), torch.ones(1)]),
             "before it is saved",
         ),
-        (lambda a: a.update(tape=torch.tensor([[HEAD, 1]], dtype=torch.int32), gates=torch.ones(1)), "word 1 of 1"),
+        (lambda a: a.update(program=[torch.tensor([[HEAD, 1]], dtype=torch.int32), torch.ones(1)]), "word 1 of 1"),
         (lambda a: a.update(isa="sse9"), "RESENS_FAST_ISA"),
         (lambda a: a.update(layout=torch.tensor([7], dtype=torch.int32)), "another version"),
     ],
@@ -267,7 +289,7 @@ def test_wrong_arguments_are_named(change, message: str) -> None:  # type: ignor
     tape, gates = packed.tape([[(i, 1.0) for i in range(6)]])
     arguments = {
         "images": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.int64), "layout": packed.layout, "packed": packed.packed,  # noqa: E501
-        "isa": "", "rounded": False, "tape": tape, "gates": gates, "words": 1, "threads": 1, "tile": 0, "logits": 0,
+        "isa": "", "rounded": False, "program": [tape, gates], "words": 1, "threads": 1, "tile": 0, "logits": 0,
         "control": torch.zeros(3, dtype=torch.int64),
     }  # fmt: skip
     change(arguments)
