@@ -132,12 +132,16 @@ def run_paths_alone() -> base.Result:
 
 
 def run_tiny() -> base.Result:
-    """Norms far below what float16 or float32 hold, from gates and from a loss that is all but zero."""
+    """Norms far below what float16 or float32 hold, from gates, small weights and a loss that is all but zero."""
     from resens_fast.engines.triton_gradients import TritonGradientExecutor
 
     whole, structure = base.network("post-pooled-pad-3-10")
     head = fused.dataclasses.replace(whole.head, bias=whole.head.bias + torch.tensor([20.0, 0, 0]))
-    whole = fused.dataclasses.replace(whole, head=head)
+    blocks = []
+    for block in whole.blocks:  # each branch shrinks a gradient a thousandfold
+        last = fused.dataclasses.replace(block.convs[-1], weight=block.convs[-1].weight * 1e-3)
+        blocks.append(fused.dataclasses.replace(block, convs=(*block.convs[:-1], last)))
+    whole = fused.dataclasses.replace(whole, head=head, blocks=tuple(blocks))
     paths = paths_of(structure)
     paths = Sweep(structure, paths.orders, paths.gates * np.float32(1e-30), paths.kind, paths.k)
     images = torch.randn(1, *whole.input_shape, generator=torch.Generator().manual_seed(14))
