@@ -62,7 +62,7 @@ def choices(row: Row, peer: str) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def ready(index: int) -> dict[str, tuple[Any, float]]:
+def ready(row: str) -> dict[str, tuple[Any, float]]:
     """For every peer of the row that is prepared and checked: what to time, and by how much its time is scaled up."""
     return {}
 
@@ -99,11 +99,11 @@ def test_row(index: int, peer: str, benchmark: Any, request: pytest.FixtureReque
     assert best is not None
     benchmark.group = row.name
     benchmark.pedantic(best[1], rounds=1, iterations=1)
-    ready(index)[peer] = best[1], len(sweep) / len(chosen)
-    seconds = RESULTS.setdefault(row.name, new_result(row, net, sweep, x))["rounds"]
-    seconds[peer] = [benchmark.stats.stats.median * ready(index)[peer][1]]
+    ready(row.name)[peer] = best[1], len(sweep) / len(chosen)
+    seconds = RESULTS.setdefault(row.name, new_result(row.goal, net, rf.plan(net, sweep), len(x)))["rounds"]
+    seconds[peer] = [benchmark.stats.stats.median * ready(row.name)[peer][1]]
     if peer == wanted[-1]:
-        interleave(benchmark, ready(index), seconds)
+        interleave(benchmark, ready(row.name), seconds)
 
 
 def timed(benchmark: Any, run: Callable[[], Any]) -> float:
@@ -121,13 +121,14 @@ def interleave(benchmark: Any, peers: dict[str, tuple[Any, float]], seconds: dic
             seconds[peer].append(timed(benchmark, run) * scale)
 
 
-def new_result(row: Row, net: rf.ResidualNetwork, sweep: rf.Sweep, x: torch.Tensor) -> dict[str, Any]:
-    executed, naive = operations(net, rf.plan(net, sweep))
+def new_result(goal: tuple[float, float], net: rf.ResidualNetwork, plan: rf.Plan, images: int) -> dict[str, Any]:
+    """What conftest.py makes a line of the table from, still without timings."""
+    executed, naive = operations(net, plan)
     return {
         "rounds": {},
-        "goal": row.goal,
-        "results": len(sweep) * len(x),
-        "executed": executed * len(x),
-        "naive": naive * len(x),
+        "goal": goal,
+        "results": len(plan.sweep) * images,
+        "executed": executed * images,
+        "naive": naive * images,
         "isa": cpu.chosen_isa(),
     }

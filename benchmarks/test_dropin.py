@@ -22,8 +22,7 @@ from torch import nn
 import resens_fast as rf
 from benchmarks import peers
 from benchmarks.conftest import RESULTS
-from benchmarks.rows import Row
-from benchmarks.test_cpu import interleave, new_result, timed
+from benchmarks.test_cpu import interleave, new_result, ready, timed
 
 PEERS = ("ours", "eager", "compile")
 IMAGES, BATCHES = 1024, (16, 32, 64, 128)  # 128 is what the codebase's own loader has; the best one counts
@@ -88,16 +87,10 @@ def test_dropin(arch: str, peer: str, codebase: Any, benchmark: Any, request: py
     assert best is not None
     benchmark.group = f"drop-in, {arch}"
     benchmark.pedantic(best[1], rounds=1, iterations=1)
-    net = rf.wrap(model)
-    row = Row(f"drop-in: akamaster {arch}, its own loop", lambda: model, rf.sweeps.intact, IMAGES, goal=(3.5, 2.5))
-    rounds = RESULTS.setdefault(row.name, new_result(row, net, rf.sweeps.intact(net), x))["rounds"]
-    ready(arch)[peer] = best[1], 1.0
+    net, name = rf.wrap(model), f"drop-in: akamaster {arch}, its own loop"
+    plan = rf.plan(net, rf.sweeps.intact(net))
+    rounds = RESULTS.setdefault(name, new_result((3.5, 2.5), net, plan, IMAGES))["rounds"]
+    ready(name)[peer] = best[1], 1.0
     rounds[peer] = [benchmark.stats.stats.median]
     if peer == wanted[-1]:
-        interleave(benchmark, ready(arch), rounds)
-
-
-@functools.lru_cache(maxsize=1)
-def ready(arch: str) -> dict[str, tuple[Any, float]]:
-    """As in test_cpu.py."""
-    return {}
+        interleave(benchmark, ready(name), rounds)

@@ -19,8 +19,7 @@ import resens_fast as rf
 from benchmarks import rows
 from benchmarks.conftest import RESULTS
 from benchmarks.gradient_peers import Autograd, engine
-from benchmarks.test_cpu import operations, timed
-from resens_fast.engines import cpu
+from benchmarks.test_cpu import new_result, timed
 from resens_fast.gradient_plan import gradient_plan
 
 NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {"110 pre": rows.trained, "110 post": rows.post}
@@ -89,17 +88,7 @@ def test_path_gradients(name: str, peer: str, benchmark: Any, request: pytest.Fi
         run = functools.partial(norms, x, y)
     benchmark.group = f"{name}, path gradients"
     benchmark.pedantic(run, rounds=ROUNDS if peer != "planned" else 1, iterations=1)
-    plan = gradient_plan(net, sweep)
-    executed, naive = operations(net, plan)
     result = RESULTS.setdefault(
-        f"{name}, 1000 path gradients",
-        {
-            "rounds": {},
-            "goal": (GOAL, 0.0),
-            "results": PATHS * IMAGES,
-            "executed": executed * IMAGES,
-            "naive": naive * IMAGES,
-            "isa": cpu.chosen_isa(),
-        },
+        f"{name}, 1000 path gradients", new_result((GOAL, 0.0), net, gradient_plan(net, sweep), IMAGES)
     )
     result["rounds"][peer] = [once + seconds * scale for seconds in benchmark.stats.stats.data]
