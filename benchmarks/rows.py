@@ -61,6 +61,7 @@ ROWS = [
     Row("110 pre, 1000 x swap 5", trained, swap5, 32, 100, goal=(5, 3.8)),
     Row("110 post, 1000 x swap 5", post, swap5, 32, 100, goal=(5, 3.8)),
     Row("110 pre, 4 images x 1000 x delete 5", trained, delete5, 4, 50, goal=(8, 5)),
+    Row("110 post, 4 images x 1000 x delete 5", post, delete5, 4, 50, goal=(8, 5)),
     Row("20 pre, single deletions", random(20), rf.sweeps.single, 64, quick=True),
     Row("56 post, single deletions", random(56, preactivation=False), rf.sweeps.single, 64, 3),
     Row("164 pre bottleneck, intact", random(164, bottleneck=True), rf.sweeps.intact, 64),

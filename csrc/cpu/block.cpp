@@ -36,7 +36,12 @@ Worker::Worker(const Network& network, const Kernels& kernels, const char* packe
       states_(network.geometries.size()) {
   int64_t most = 0;
   const auto count = [&](const Conv& c, int64_t pitch) {
-    if (c.algorithm == Algorithm::kWinograd) most = std::max(most, kernels.winograd_scratch(c.depth, round_up(c.out_channels, kLanes), pitch));
+    const int64_t outputs = round_up(c.out_channels, kLanes), bytes = operand_.bytes;
+    if (c.algorithm == Algorithm::kWinograd) {
+      most = std::max(most, kernels.winograd_scratch(c.depth, static_cast<int>(outputs), pitch));
+    } else if (pitch && takes_prologue(c)) {
+      most = std::max(most, kernels.direct_scratch(pitch * bytes, c.depth * outputs * bytes));
+    }
   };
   for (const Conv& c : network.stem) count(c, 0);
   for (const Block& b : network.blocks) {
@@ -210,8 +215,8 @@ void Worker::branch(const Block& b, const View& from, View to, float gate, int i
   for (size_t i = 0; i < b.convs.size(); ++i) {
     const Conv& c = b.convs[i];
     const Block* prologue = i == 0 && b.prologue ? &b : nullptr;
-    const Block* within = c.algorithm == Algorithm::kWinograd ? prologue : nullptr;  // the convolution applies it itself
-    in = operand(kOperand, c, in, g, within ? nullptr : prologue, images);
+    const Block* within = takes_prologue(c) ? prologue : nullptr;
+    if (!within) in = operand(kOperand, c, in, g, prologue, images);
     g.height = (g.height + 2 * c.padding - c.kernel) / c.step + 1;
     g.width = (g.width + 2 * c.padding - c.kernel) / c.step + 1;
     g.channels = c.out_channels, g.stride = round_up(c.out_channels, kLanes);

@@ -61,6 +61,8 @@ class Worker {
   View operand(Role role, const Conv& conv, const View& from, const Geometry& g, const Block* prologue, int images);
   View activate(Role role, const View& from, const Geometry& g, const Block& block, int images);  // relu(scale * x + shift), fp32
   bool reads_floats(const Conv& conv) const { return conv.algorithm == Algorithm::kWinograd || !operand_.rounded; }
+  // Whether a convolution applies a prologue itself, to a few rows at a time, and so needs no pass before it.
+  static bool takes_prologue(const Conv& c) { return c.algorithm == Algorithm::kWinograd || (c.kernel == 1 && c.step == 1 && c.padding == 0); }
   struct Finish {  // what happens to a convolution's sums, and before it to its input
     const Block* prologue = nullptr;
     const float* residual = nullptr;

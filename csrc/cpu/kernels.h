@@ -18,7 +18,7 @@ struct ConvCall {
   int kernel, step;           // direct only
   const void* weight;
   const float* bias;
-  const float *scale, *shift; // Winograd only: the input is relu(scale * in + shift), zero around it; or null
+  const float *scale, *shift; // the input is relu(scale * in + shift), zero around it, and `in` is fp32; Winograd or 1x1; or null
   float gate;                 // scales the bias
   float out_scale;            // multiplies what is written: the gate of the convolution that reads it
   bool relu;
@@ -137,6 +137,7 @@ struct Kernels {
   float (*largest)(const float* in, int64_t pitch, int stride, int height, int width, int every);  // magnitude, in every so many rows
   double (*squares)(const float* in, int64_t pitch, int stride, int height, int width);  // their sum over one image
   int64_t (*winograd_scratch)(int depth, int out_stride, int64_t in_pitch);  // bytes
+  int64_t (*direct_scratch)(int64_t row_bytes, int64_t weight_bytes);        // bytes, for a call with scale
   double (*multiply_adds)(int64_t rounds);                 // a yardstick: returns the operations it did
 };
 

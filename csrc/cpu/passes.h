@@ -1,4 +1,5 @@
 // The passes beside the convolutions: operands, shortcuts without weights, pooling, the head.
+#pragma once
 #include "simd.h"
 
 namespace resens::cpu::RESENS_ISA {

@@ -40,6 +40,7 @@ const Kernels kernels = {RESENS_NAME,
                          &largest,
                          &squares,
                          &winograd_scratch,
+                         &direct_scratch,
                          &multiply_adds};
 
 }  // namespace resens::cpu::RESENS_ISA
