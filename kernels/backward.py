@@ -116,16 +116,8 @@ def conv_constants(block: BlockShape, index: int, dtype: torch.dtype) -> dict[st
     conv = block.convs[index]
     first = index == 0
     return {
-        "C": width(conv.c),
-        "N": width(conv.n),
+        **launch.geometry(conv),
         "CHANNELS": conv.c,
-        "H": conv.height,
-        "W": conv.width,
-        "HEIGHT": conv.out[0],
-        "WIDTH": conv.out[1],
-        "KERNEL": conv.kernel,
-        "STRIDE": conv.stride,
-        "PADDING": conv.padding,
         "FROM_STATE": index == len(block.convs) - 1,
         "LAST": first,
         "RELU": feeding_relu(block, index),

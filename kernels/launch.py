@@ -56,14 +56,11 @@ def shortcut_constants(block: BlockShape | None, shape: ShortcutShape, dtype: to
     }
 
 
-def conv_constants(block: BlockShape | None, index: int, shape: ConvShape, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants of `conv` but for the tile; `block` None is a convolution of the stem."""
-    last = block is not None and index == len(block.convs) - 1
-    side = block.shortcut if block is not None and last else NO_SHORTCUT
+def geometry(shape: ConvShape) -> dict[str, Any]:
+    """The sizes of a convolution, which are the same on the way back."""
     return {
         "C": width(shape.c),
         "N": width(shape.n),
-        "CHANNELS": shape.n,
         "H": shape.height,
         "W": shape.width,
         "HEIGHT": shape.out[0],
@@ -71,6 +68,16 @@ def conv_constants(block: BlockShape | None, index: int, shape: ConvShape, dtype
         "KERNEL": shape.kernel,
         "STRIDE": shape.stride,
         "PADDING": shape.padding,
+    }
+
+
+def conv_constants(block: BlockShape | None, index: int, shape: ConvShape, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of `conv` but for the tile; `block` None is a convolution of the stem."""
+    last = block is not None and index == len(block.convs) - 1
+    side = block.shortcut if block is not None and last else NO_SHORTCUT
+    return {
+        **geometry(shape),
+        "CHANNELS": shape.n,
         "PROLOGUE": block is not None and index == 0 and block.prologue,
         "RELU": shape.relu,
         "FROM_STATE": block is not None and index == 0,

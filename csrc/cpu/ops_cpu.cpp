@@ -36,17 +36,12 @@ std::tuple<at::Tensor, at::Tensor> eval_cpu(const at::Tensor& images, const at::
     const at::Tensor &tape = program[0], &gates = program[1];
     const at::Tensor control = progress ? *progress : at::zeros({3}, at::kLong);
     const auto network = network_of(layout, isa, rounded);
-    check(images, at::kFloat, "images");
+    check_images(network, images);
     check(labels, at::kLong, "labels");
     check(packed, at::kByte, "packed");
-    check(tape, at::kInt, "tape");
-    check(gates, at::kFloat, "gates");
+    check_tape(tape, gates);
     check(control, at::kLong, "control");
-    TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == network.channels && images.size(2) == network.height && images.size(3) == network.width,
-                      "images must be [batch, ", network.channels, ", ", network.height, ", ", network.width, "], not ", images.sizes());
     TORCH_CHECK_VALUE(labels.numel() == images.size(0) || (logits && labels.numel() == 0), "there are ", labels.numel(), " labels for ", images.size(0), " images");
-    TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(), " with ",
-                      gates.numel());
     TORCH_CHECK_VALUE(logits == 0 || logits == network.classes, "logits must be 0 or ", network.classes, ", not ", logits);
     TORCH_CHECK_VALUE(packed.numel() == network.packed_bytes && control.numel() == 3 && words >= 0, "packed has ", packed.numel(), " bytes, not ",
                       network.packed_bytes, "; or control is not [3]; or words is negative");
@@ -78,10 +73,7 @@ std::tuple<int64_t, int64_t, int64_t, std::vector<double>> cpu_schedule(const at
                                                                         int64_t tile) {
   return with_python_errors([&] {
     const auto network = network_of(layout, isa, rounded);
-    check(tape, at::kInt, "tape");
-    check(gates, at::kFloat, "gates");
-    TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(), " with ",
-                      gates.numel());
+    check_tape(tape, gates);
     resens::cpu::Request r;
     r.batch = batch, r.words = words;
     r.tape = tape.const_data_ptr<int32_t>();

@@ -23,6 +23,19 @@ inline Network network_of(const at::Tensor& layout, const std::string& isa, bool
   return read_network(layout.const_data_ptr<int32_t>(), layout.numel(), kernels_named(isa.c_str()), operand(rounded));
 }
 
+inline void check_images(const Network& network, const at::Tensor& images) {
+  check(images, at::kFloat, "images");
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == network.channels && images.size(2) == network.height && images.size(3) == network.width,
+                    "images must be [batch, ", network.channels, ", ", network.height, ", ", network.width, "], not ", images.sizes());
+}
+
+inline void check_tape(const at::Tensor& tape, const at::Tensor& gates) {
+  check(tape, at::kInt, "tape");
+  check(gates, at::kFloat, "gates");
+  TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(),
+                    " with ", gates.numel());
+}
+
 template <typename F>
 auto with_python_errors(F&& f) {
   try {

@@ -37,20 +37,15 @@ std::tuple<at::Tensor, at::Tensor> path_gradients_cpu(const at::Tensor& images, 
                                                       const at::Tensor& control) {
   return with_python_errors([&] {
     const auto network = network_of(layout, isa, false);
-    check(images, at::kFloat, "images");
+    check_images(network, images);
     check(labels, at::kLong, "labels");
     check(packed, at::kByte, "packed");
     check(transposed, at::kByte, "transposed");
     check(order, at::kLong, "order");
-    check(tape, at::kInt, "tape");
-    check(gates, at::kFloat, "gates");
+    check_tape(tape, gates);
     check(control, at::kLong, "control");
-    TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == network.channels && images.size(2) == network.height && images.size(3) == network.width,
-                      "images must be [batch, ", network.channels, ", ", network.height, ", ", network.width, "], not ", images.sizes());
     TORCH_CHECK_VALUE(labels.numel() == images.size(0), "there are ", labels.numel(), " labels for ", images.size(0), " images");
     TORCH_CHECK_VALUE(order.numel() == static_cast<int64_t>(network.blocks.size()), "the order has ", order.numel(), " blocks, the network ", network.blocks.size());
-    TORCH_CHECK_VALUE(tape.dim() == 2 && tape.size(1) == 2 && gates.numel() == tape.size(0), "the tape must be [T, 2] with T gates, not ", tape.sizes(), " with ",
-                      gates.numel());
     const auto& g = network.geometries[0];
     TORCH_CHECK_VALUE(shape.empty() || shape == at::IntArrayRef({g.channels, g.height, g.width}), "shape must be empty or that of the first block's input, ",
                       g.channels, " x ", g.height, " x ", g.width, ", not ", shape);
