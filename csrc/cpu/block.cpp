@@ -35,18 +35,18 @@ Worker::Worker(const Network& network, const Kernels& kernels, const char* packe
       tile_(tile),
       states_(network.geometries.size()) {
   int64_t most = 0;
-  const auto count = [&](const Conv& c, int64_t pitch) {
+  const auto count = [&](const Conv& c, const Geometry* activated) {
     const int64_t outputs = round_up(c.out_channels, kLanes), bytes = operand_.bytes;
     if (c.algorithm == Algorithm::kWinograd) {
-      most = std::max(most, kernels.winograd_scratch(c.depth, static_cast<int>(outputs), pitch));
-    } else if (pitch && takes_prologue(c)) {
-      most = std::max(most, kernels.direct_scratch(pitch * bytes, c.depth * outputs * bytes));
+      most = std::max(most, kernels.winograd_scratch(c.depth, static_cast<int>(outputs), activated ? activated->pitch() : 0));
+    } else if (activated && takes_prologue(c)) {
+      most = std::max(most, kernels.direct_scratch(bytes * activated->width * activated->stride, bytes * c.depth * outputs));
     }
   };
-  for (const Conv& c : network.stem) count(c, 0);
+  for (const Conv& c : network.stem) count(c, nullptr);
   for (const Block& b : network.blocks) {
-    for (const Conv& c : b.convs) count(c, b.prologue ? b.in.pitch() : 0);
-    if (b.shortcut == ShortcutKind::kProjection) count(b.projection, 0);
+    for (const Conv& c : b.convs) count(c, b.prologue ? &b.in : nullptr);
+    if (b.shortcut == ShortcutKind::kProjection) count(b.projection, nullptr);
   }
   convolution_ = std::make_unique<Buffer>(most);
   head_ = std::make_unique<Buffer>(4LL * (round_up(network.head_channels, kLanes) + round_up(network.classes, kLanes)));

@@ -66,7 +66,7 @@ RESENS_INLINE void direct_column(const ConvCall& call, const typename Op::T* in,
   const int blocks = (call.width + kPixels - 1) / kPixels;
   int image = first / call.height, y = first % call.height;
   for (int r = first; r < last; ++r) {
-    const typename Op::T* row = aside ? in + (r - first) * call.in_pitch : in + image * call.in_image + static_cast<int64_t>(y) * call.step * call.in_pitch;
+    const typename Op::T* row = aside ? in + static_cast<int64_t>(r - first) * call.width * call.in_stride : in + image * call.in_image + static_cast<int64_t>(y) * call.step * call.in_pitch;
     const int64_t at = image * call.out_image + y * call.out_pitch + channel;
     for (int b = 0, x = 0; b < blocks; ++b) {
       const int pixels = (call.width - x + blocks - b - 1) / (blocks - b);  // blocks of nearly equal size
@@ -82,7 +82,7 @@ RESENS_INLINE void direct_column(const ConvCall& call, const typename Op::T* in,
 // Rows that meet all columns before the next rows do: about as many bytes as the weights, since every column reads
 // these rows again and all rows read the weights again; and no more than stay in L2 beside a column.
 static int64_t direct_rows(int64_t row_bytes, int64_t weight_bytes) {
-  const int64_t bytes = weight_bytes < 16384 ? 16384 : weight_bytes > 524288 ? 524288 : weight_bytes;
+  const int64_t bytes = weight_bytes < 16384 ? 16384 : weight_bytes > (1 << 20) ? 1 << 20 : weight_bytes;
   return bytes < row_bytes ? 1 : bytes / row_bytes;
 }
 
@@ -93,7 +93,8 @@ static void direct(const ConvCall& call) {
   typedef typename Op::T T;
   const T* weight = static_cast<const T*>(call.weight);
   const int64_t depth = static_cast<int64_t>(call.kernel) * call.kernel * call.depth;  // of one output channel
-  const int64_t row = call.in_pitch * call.step * static_cast<int64_t>(sizeof(T));
+  const int64_t read = call.kernel == 1 ? static_cast<int64_t>(call.width) * call.in_stride : call.in_pitch * call.step;  // by one row
+  const int64_t row = read * static_cast<int64_t>(sizeof(T));
   const int total = call.images * call.height;
   const int64_t most = direct_rows(row, depth * call.out_stride * static_cast<int64_t>(sizeof(T)));
   for (int first = 0; first < total;) {
@@ -102,7 +103,7 @@ static void direct(const ConvCall& call) {
     if (call.scale) {
       for (int r = first; r < last; ++r) {
         const float* from = static_cast<const float*>(call.in) + r / call.height * call.in_image + r % call.height * call.in_pitch;
-        pass<Op>({from, 0, 0, static_cast<T*>(call.scratch) + (r - first) * call.in_pitch, 0, 0, call.in_stride, call.in_stride, 1, call.width, 1,
+        pass<Op>({from, 0, 0, static_cast<T*>(call.scratch) + (r - first) * read, 0, 0, call.in_stride, call.in_stride, 1, call.width, 1,
                   call.scale, call.shift, false});
       }
       in = static_cast<const T*>(call.scratch);
