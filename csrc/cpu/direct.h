@@ -16,6 +16,10 @@ RESENS_INLINE void direct_block(const ConvCall& call, const typename Op::T* in, 
   typedef typename Op::T T;
   V sum[MR][NR];
   const V gate = all(call.gate);
+  const float* touched = residual ? residual : out;  // at the end, and from L3 or memory where images are large
+  RESENS_UNROLL for (int p = 0; p < MR; ++p) {
+    RESENS_UNROLL for (int n = 0; n < NR; ++n) __builtin_prefetch(touched + static_cast<int64_t>(p) * call.out_stride + n * W, 1);
+  }
   RESENS_UNROLL for (int n = 0; n < NR; ++n) {
     const V s = mul(load(bias + n * W), gate);
     RESENS_UNROLL for (int p = 0; p < MR; ++p) sum[p][n] = s;
