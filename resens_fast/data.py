@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,21 @@ def _check(data: ImageData | FolderData, card: Card | None) -> None:
             f"{data.name} has {len(data.classes)} classes, but {network} knows {len(card['classes'])}: "
             "choose another data set or network"
         )
+    if card and card.get("classes") and _mean_others(card["classes"], data.classes):
+        raise DataError(
+            f"{data.name} has the classes {_few(data.classes)}, but {network} was trained on {_few(card['classes'])}: "
+            "its answers would not mean the same; choose the data that it was trained on"
+        )
+
+
+def _mean_others(known: Sequence[str], found: Sequence[str]) -> bool:
+    """Whether the labels of one list cannot be those of the other: no name in common, or the same in another order."""
+    a, b = [str(name).lower() for name in known], [str(name).lower() for name in found]
+    return not set(a) & set(b) or (a != b and sorted(a) == sorted(b))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names[:3])) + ("" if len(names) <= 3 else ", ...")
 
 
 def _size(shape: Iterable[int]) -> str:

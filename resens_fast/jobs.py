@@ -138,6 +138,11 @@ def run(job: Job, data: Any, out: str | Path | None, progress: bool) -> Study:
     job.choose(reader.peek())
     if out is None:
         return _run(job, reader, None, progress)
+    if reader.shuffles:
+        raise StudyError(
+            f"a study in a folder ({out}) could not be resumed from a loader that shuffles; use DataLoader(..., "
+            "shuffle=False)"
+        )
     folder = StudyFolder(out)
     with folder.locked():
         return _run(job, reader, folder, progress)
@@ -198,8 +203,6 @@ def _resume(folder: StudyFolder, now: dict[str, Any], reader: ImageReader) -> tu
             f"{folder.path} holds a study of {then['data']['images']} images, these data have {reader.total}; "
             "choose another folder or delete it"
         )
-    if reader.shuffles:
-        raise StudyError(f"cannot resume {folder.path} from a loader that shuffles; use DataLoader(..., shuffle=False)")
     for part in study.parts:
         images, labels = reader.take(part.stop - part.start)
         digest = ImageHash()
@@ -240,7 +243,7 @@ class Bar:
                 desc=name,
                 bar_format=None
                 if reader.total is None
-                else "{l_bar}{bar}| {n:.3g}/{total:.3g} [{elapsed}<{remaining}, {rate_fmt}]",
+                else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
             )
 
     def advance(self, images: int) -> engines.Progress | None:

@@ -128,7 +128,13 @@ def augment(images: torch.Tensor, crop: int, flip: bool, generator: torch.Genera
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, data: ImageData, batch: int = 250, dtype: torch.dtype = torch.float32) -> Accuracy:
+def measure(
+    model: nn.Module,
+    data: ImageData,
+    batch: int = 250,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Accuracy:
     """Error and mean cross-entropy of `model` in eval mode over all of `data`; its own mode is restored.
 
     dtype is that of autocast, torch.float32 for none.  A non-finite logit counts as an error.
@@ -138,14 +144,16 @@ def measure(model: nn.Module, data: ImageData, batch: int = 250, dtype: torch.dt
     model.eval()
     errors, loss = 0, 0.0
     try:
-        for begin in range(0, len(data), batch):
-            images = data.normalise(data.images[begin : begin + batch].to(device))
-            labels = data.labels[begin : begin + batch].to(device)
-            with _autocast(device, dtype):
-                logits = model(images.contiguous(memory_format=torch.channels_last)).float()
-            right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
-            errors += len(labels) - int(right.sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        with _bar(len(data), "test", progress) as advance:
+            for begin in range(0, len(data), batch):
+                images = data.normalise(data.images[begin : begin + batch].to(device))
+                labels = data.labels[begin : begin + batch].to(device)
+                with _autocast(device, dtype):
+                    logits = model(images.contiguous(memory_format=torch.channels_last)).float()
+                right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
+                errors += len(labels) - int(right.sum())
+                loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+                advance(len(labels))
     finally:
         model.train(was_training)
     return Accuracy(errors, len(data), loss / len(data))
@@ -218,7 +226,7 @@ def train(
         rate = float(optimizer.param_groups[0]["lr"])
         loss, error = _epoch(model, learn, recipe, epoch, optimizer, schedule, dtype, forward, callback, progress)
         seconds = time.perf_counter() - began
-        tested = measure(plain(), test, dtype=dtype)
+        tested = measure(plain(), test, dtype=dtype, progress=progress)
         row: dict[str, float] = {
             "epoch": epoch + 1,
             "learning_rate": rate,
@@ -240,7 +248,7 @@ def train(
     if depth is not None:
         model.load_state_dict(plain().state_dict())
         model = model.model  # type: ignore[assignment]  # a wrapped network: eager, as those who load it measure
-    final = measure(model, test)
+    final = measure(model, test, progress=progress)
     known = {
         "train_images": len(learn),
         "test_images": final.images,

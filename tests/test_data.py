@@ -167,6 +167,8 @@ def test_missing_cifar10_says_where_it_looked_and_what_to_do(nowhere, monkeypatc
         ("digits", None, -3, ["-3"]),
         ("digits", {"input_shape": [3, 32, 32], "name": "big"}, None, ["1 x 8 x 8", "big", "3 x 32 x 32"]),
         ("digits", {"classes": ["x", "y"]}, None, ["10", "2"]),
+        ("digits", {"classes": list("abcdefghij")}, None, ["0, 1, 2, ...", "a, b, c, ..."]),
+        ("digits", {"classes": list("9012345678")}, None, ["0, 1, 2, ...", "9, 0, 1, ..."]),
         ("digits", {"mean": [0.5] * 3, "std": [0.5] * 3}, None, ["1 channel", "3"]),
         ("digits", {"mean": [0.5], "std": [0.0]}, None, ["0.0"]),
         ("digits", {"mean": [float("nan")], "std": [1.0]}, None, ["nan"]),

@@ -221,6 +221,10 @@ def test_the_paths_command_needs_no_images(nets: Path, tmp_path: Path) -> None: 
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         f"{stem}.{kind}" for stem in ("path-lengths", "surviving-paths") for kind in ("png", "svg")
     }
+    result = call("paths", f"{nets}:small", "--out", tmp_path / "c")  # 1 of the usual 1, 5, 10 and 20
+    assert result.exit_code == 0
+    assert "left after 1, %" in result.output
+    assert "left after 5" not in result.output
     assert "1000 blocks" in call("paths", 1000, "--out", tmp_path / "a").output
     assert "at most five numbers up to 3" in refused("paths", f"{nets}:small", "--out", tmp_path / "b", "--deleted", 4)
     assert "0 blocks" in refused("paths", 0, "--out", tmp_path / "b")

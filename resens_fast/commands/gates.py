@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from .loading import torch_device
+from .loading import one_device
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ def show(target: Target, device: str | None) -> None:
     """Mean and spread of every block's gate over the test images.  Raises what loading and `highway.gates` raise."""
     from .. import highway
 
-    where, loaded = torch_device(device), target.load()
+    where, loaded = one_device(device), target.load()
     frame = highway.gates(loaded.net if where is None else loaded.net.to(where), loaded.data)
     cells = [
         [

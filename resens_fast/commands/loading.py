@@ -258,6 +258,13 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
+def one_device(names: str | None) -> str | None:
+    """As torch_device, where several devices cannot share the work."""
+    if names is not None and "," in names:
+        raise EngineError(f"--device {names} names several devices, and this command uses one: give one of them")
+    return torch_device(names)
+
+
 def torch_device(names: str | None) -> str | None:
     """The name of the first device, if this machine has them all.  Raises EngineError otherwise."""
     from ..engines.several import devices

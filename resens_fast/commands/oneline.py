@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +62,15 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             if state.debug:
-                raise
+                traceback.print_exc()
             print(file=sys.stderr)  # the terminal shows ^C on the line of the progress bar
             complain(f"interrupted; {state.resume or 'nothing was written'}")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             message = explain(error, state)
-            if message is None or state.debug or type(error).__name__ in ("Exit", "Abort", "NoArgsIsHelpError"):
+            if message is None or type(error).__name__ in ("Exit", "Abort", "NoArgsIsHelpError"):
                 raise
+            if state.debug:
+                traceback.print_exc()
             complain(message)
             raise typer.Exit(2) from None

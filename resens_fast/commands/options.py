@@ -85,7 +85,7 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="NAME",
-        help="cpu, cuda, cuda:1 or several as cuda:0,cuda:1; the CPU if not given.",
+        help="cpu, cuda, cuda:1 or several as cuda:0,cuda:1 (lesion, reorder); the CPU if not given.",
         show_default=False,
     ),
 ]

@@ -98,8 +98,14 @@ def paths(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the figures.", show_default=False)],
     deleted: Annotated[
-        str, typer.Option("--deleted", metavar="D", help="Blocks deleted, for the paths that survive; five at most.")
-    ] = "1,5,10,20",
+        str | None,
+        typer.Option(
+            "--deleted",
+            metavar="D",
+            help="Blocks deleted, for the paths that survive; five at most; 1,5,10,20 as far as there are so many.",
+            show_default=False,
+        ),
+    ] = None,
     image_size: ImageSize = None,
 ) -> None:
     """Count the paths of each length, and those that are left after deletions; needs no images.
@@ -110,4 +116,5 @@ def paths(
     """
     from .path_report import report_paths
 
-    report_paths(model, out, parse.counts(deleted, "--deleted"), parse.image_size(image_size))
+    chosen = None if deleted is None else parse.counts(deleted, "--deleted")
+    report_paths(model, out, chosen, parse.image_size(image_size))

@@ -35,20 +35,21 @@ def finish_gradients(study: GradientStudy, name: str, data: str, everything: boo
     columns = ["length", "paths", "mean norm", "10th to 90th percentile", "share of the gradient, %"]
     print_table("Gradient norm by path length", columns, cells, note)
     positive = table[table["mean"] > 0]
-    if len(positive) > 1:
+    if len(positive) > 2:
         line = paths.slope(positive["length"], positive["mean"])
         print(f"log norm falls by {-line.slope:.3f} per block entered (r² {line.r2:.3f})")
     if len(positive):
         found = paths.effective_range(table["length"], table["mean"], n)
+        of = "the gradient" if len(table) == n + 1 else f"what the {len(table)} lengths measured carry"
         print(
-            f"{100 * found.carried:.1f} % of the gradient comes from paths of {found.low} to {found.high} of {n} "
+            f"{100 * found.carried:.1f} % of {of} comes from paths of {found.low} to {found.high} of {n} "
             f"blocks, {100 * found.paths:.3g} % of all paths"
         )
     drawn = draw_gradients(study, name, describe(study))
     return [path for stem, figure in drawn.items() for path in save(figure, study.path, stem)]
 
 
-def report_paths(model: str, out: Path, deleted: list[int], image_size: tuple[int, int] | None) -> None:
+def report_paths(model: str, out: Path, deleted: list[int] | None, image_size: tuple[int, int] | None) -> None:
     """Print how long the paths of a network are and which survive deletions, and draw both."""
     from ..figures import save
     from ..path_figures import path_lengths, surviving_paths
@@ -58,6 +59,8 @@ def report_paths(model: str, out: Path, deleted: list[int], image_size: tuple[in
     n = int(model) if model.isdecimal() else _choosable(model, image_size)
     if not 1 <= n <= 100_000:
         raise SweepError(f"a network of {n} blocks with shortcuts has no paths to draw; give one of 1 to 100,000")
+    if deleted is None:
+        deleted = [count for count in (1, 5, 10, 20) if count <= n]
     if len(deleted) > 5 or max(deleted) > n:
         raise SweepError(f"--deleted takes at most five numbers up to {n}, not {','.join(map(str, deleted))}")
     share = paths.distribution(n)

@@ -80,6 +80,8 @@ class Job:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and not self.out.is_dir():
+            self.state.resume = ""
         if kind is None or self._existed or not self.out.is_dir():
             return
         if all(entry.name == ".lock" for entry in self.out.iterdir()):

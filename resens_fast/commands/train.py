@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from . import architecture
-from .loading import check_channels, torch_device
+from .loading import check_channels, one_device
 from .oneline import State
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def train(
     from ..wrap import wrap
 
     depth = _random_depth(options)
-    where = torch_device(device)
+    where = one_device(device)
     # A digit is no longer the same digit when it is mirrored, and 8 x 8 pixels leave little to crop.
     digits = data == "digits"
     recipe = training.Recipe(
@@ -64,24 +64,30 @@ def train(
     )
     images: Any = datasets.open(data, train=True, limit=limit)
     test: Any = datasets.open(data, train=False, card={"mean": images.mean.flatten(), "std": images.std.flatten()})
+    if data.startswith("folder:") and not (Path(data.removeprefix("folder:")).expanduser() / "test").is_dir():
+        print(f"{data} has no folders train and test: the test error will be that of the training images", flush=True)
     card = architecture.describe(model, len(images.classes), images[0][0].shape[0])
     torch.manual_seed(options.seed)
     network = architecture.build(card)
     check_channels(network, images, model)
     if depth is not None:
         network = wrap(network, images[0][0][None])
-    state.out, state.resume = (
-        str(out),
-        f"finished epochs are kept in {out}: run the same command with --resume to go on",
-    )
+    state.out = str(out)
+    if resume and not (out / "checkpoint.pt").exists():
+        print(f"nothing to resume in {out}: the run begins", flush=True)
     parameters = sum(p.numel() for p in network.parameters())
     print(
         f"{model}: {parameters:,} parameters, {len(images):,} training and {len(test):,} test images of {data}",
         flush=True,
     )
-    trained = training.train(
-        network, images, test, out, recipe, resume=resume, device=where, forward=depth, card={"name": model, **card}
-    )
+    try:
+        trained = training.train(
+            network, images, test, out, recipe, resume=resume, device=where, forward=depth, card={"name": model, **card}
+        )
+    except KeyboardInterrupt:
+        if (out / "checkpoint.pt").exists():
+            state.resume = f"finished epochs are kept in {out}: run the same command with --resume to go on"
+        raise
     print(f"test error {100 * trained.error:.2f} % after {recipe.epochs} epoch{'s' * (recipe.epochs != 1)}")
     print(f"wrote {out / 'weights.safetensors'} and {out / 'card.json'}")
     print(f"next: resens lesion {out} --data {data} --out {out}-lesion")
