@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ModelError
-from .imageset import first_line
+from .errors import ModelError, first_line
 
 History = list[dict[str, float]]
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import DataError
-from .imageset import FolderData, ImageData, Shape, Statistics, first_line, image_size
+from .errors import DataError, first_line
+from .imageset import FolderData, ImageData, Shape, Statistics, image_size
 
 SPECS = "digits, cifar10, cifar10:PATH, fashion-mnist or folder:PATH"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
@@ -172,7 +172,7 @@ def _cifar10(path: Path | None, train: bool, card: Card | None) -> ImageData | F
     if (path / "cifar-10-batches-py").is_dir():
         archive = _archive("CIFAR10", path, train, path / "cifar-10-batches-py")
         images = torch.from_numpy(archive.data).permute(0, 3, 1, 2).contiguous()
-        labels = torch.tensor(archive.targets, dtype=torch.int64)
+        labels = torch.tensor(archive.targets, dtype=torch.int64, device="cpu")
         return ImageData(images, labels, CIFAR10_CLASSES, _statistics(card, CIFAR10), _split_name("cifar10", train))
     data = _folder(path, train, card, CIFAR10, (3, 32, 32))
     if data.classes != CIFAR10_CLASSES:

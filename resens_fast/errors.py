@@ -35,3 +35,8 @@ class EngineError(ResensError):
 
 class NotCovered(EngineError):
     """A fused engine does not cover a block; the message names it."""
+
+
+def first_line(reason: BaseException) -> str:
+    """An exception's first line, for use inside a sentence."""
+    return (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")

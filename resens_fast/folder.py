@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,13 +14,13 @@ from typing import IO, Any
 import numpy as np
 
 from .engines.base import Tally
-from .errors import StudyError
+from .errors import StudyError, first_line
 from .gradient_study import GradientStudy, Norms
 from .structure import Structure
 from .study import Part, Study, check_contiguous
 from .sweep import Sweep
 
-FORMAT = 1
+FORMAT = 2
 _TEMPORARY = ".unfinished"
 # What must be in a manifest to open and to resume it.
 _MANIFEST = {
@@ -45,7 +46,7 @@ class StudyFolder:
         kept.
         """
         try:
-            fresh = not self.path.exists()
+            before = {self.path, *self.path.glob("*")} if self.path.exists() else set()
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise StudyError(f"{self.path} is a file; give a folder for the study") from None
@@ -71,14 +72,14 @@ class StudyFolder:
                 yield
             finally:
                 if not self.manifest_path.exists():
-                    self._tidy(fresh)
+                    self._tidy(before)
 
-    def _tidy(self, fresh: bool) -> None:
-        """After a refusal: no lock file or sweep stays behind, and no folder that was not there before."""
+    def _tidy(self, before: set[Path]) -> None:
+        """After a refusal: no lock file, sweep or folder stays behind that was not there before."""
         with suppress(OSError):
-            (self.path / ".lock").unlink(missing_ok=True)
-            self.sweep_path.unlink(missing_ok=True)
-            if fresh:
+            for path in {self.path / ".lock", self.sweep_path} - before:
+                path.unlink(missing_ok=True)
+            if self.path not in before:
                 self.path.rmdir()
 
     def _open_lock(self) -> IO[bytes]:
@@ -100,7 +101,10 @@ class StudyFolder:
         return False
 
     def _ours(self, path: Path) -> bool:
-        return path.name in (".lock", self.sweep_path.name) or path.name.endswith(_TEMPORARY)
+        """Whether a study that was killed before it had a manifest may have left this file."""
+        if path == self.sweep_path:
+            return _is_sweep(path)
+        return path.name == ".lock" or path.name.endswith(_TEMPORARY)
 
     def create(self, manifest: dict[str, Any], sweep: Sweep) -> None:
         """Start a study: the sweep first, the manifest last, so that a folder with a manifest is a study."""
@@ -115,6 +119,7 @@ class StudyFolder:
         self._atomic_mkdir()
         columns = {"configuration": np.arange(len(part.tally[0])), **part.tally.columns()}
         extra = {"start": str(part.start), "stop": str(part.stop), "hash": part.hash}
+        extra["digest"] = _digest(extra, columns)
         self._write_table(self.parts_path / f"{part.start:09d}-{part.stop:09d}.parquet", columns, extra)
 
     def read(self) -> Study:
@@ -170,6 +175,8 @@ class StudyFolder:
                 table = pq.read_table(path)
                 extra = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
                 columns = {name: _values(table.column(name)) for name in table.column_names}
+                if extra.pop("digest") != _digest(extra, columns):
+                    raise ValueError("its contents are not what was written")
                 tally = kind.from_columns(columns)
                 part = Part(int(extra["start"]), int(extra["stop"]), extra["hash"], tally)
             except Exception as error:
@@ -264,4 +271,22 @@ def _values(column: Any) -> Any:
 
 
 def _short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return first_line(error)[:120]
+
+
+def _digest(extra: dict[str, str], columns: dict[str, Any]) -> str:
+    """A hash of all that a part says: Parquet itself does not notice a flipped bit."""
+    digest = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
+    for name, values in columns.items():
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _is_sweep(path: Path) -> bool:
+    import pyarrow.parquet as pq
+
+    try:
+        return {"configuration", "order", "gates", "kind", "k"} <= set(pq.read_schema(path).names)
+    except Exception:  # someone's own file of that name
+        return False

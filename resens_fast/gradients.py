@@ -121,7 +121,7 @@ def gate_gradients(
     name = f"gates of {len(sweep)} configurations"
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(where.type, enabled=False):
         twin = engines.base.replica(net, where, kind, torch.channels_last)
-        total = torch.zeros(len(configurations), len(net.blocks), dtype=torch.float64)
+        total = torch.zeros(len(configurations), len(net.blocks), dtype=torch.float64, device="cpu")
         with Bar(name, len(configurations), reader, 0, progress) as bar:
             while len((taken := reader.take(_GATE_BATCH))[1]):
                 images, labels = (values.detach().to(where, copy=True) for values in taken)

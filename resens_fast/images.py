@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import DataError
+from .errors import DataError, first_line
 from .structure import Structure
 
 _LOADER_BATCH = 256
@@ -54,13 +54,14 @@ class ImageReader:
     def peek(self) -> torch.Tensor:
         """The next image [1, C, H, W] without taking it; none [0, C, H, W] at the end."""
         self._fill(1)
-        return self._left[0][0][:1] if self._left else torch.empty(0, *self.structure.input_shape)
+        return self._left[0][0][:1] if self._left else torch.empty(0, *self.structure.input_shape, device="cpu")
 
     def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The next ``count`` images [B, C, H, W] and labels int64 [B]; fewer at the end, none after it."""
         have = self._fill(count)
         if not self._left:
-            return torch.empty(0, *self.structure.input_shape), torch.empty(0, dtype=torch.int64)
+            none = torch.empty(0, dtype=torch.int64, device="cpu")
+            return torch.empty(0, *self.structure.input_shape, device="cpu"), none
         images, labels = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._left, strict=True))
         self._left = [(images[count:], labels[count:])] if have > count else []
         self.position += min(have, count)
@@ -119,11 +120,10 @@ def _of_two_sizes(sizes: str) -> DataError:
 def tensor(values: Any, name: str) -> torch.Tensor:
     """A dense tensor with values, from a tensor, an array or nested lists; DataError for anything else."""
     try:
-        found = torch.as_tensor(values)
+        found = values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{name} must be a tensor or an array of numbers, not {type(values).__name__} ({reason})"
+            f"{name} must be a tensor or an array of numbers, not {type(values).__name__} ({first_line(error)})"
         ) from None
     if found.is_meta or found.layout != torch.strided:
         raise DataError(f"{name} must be a dense tensor with values, not one of {found.device} in {found.layout}")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .errors import DataError
+from .errors import DataError, first_line
 
 Statistics = tuple[
     tuple[float, ...], tuple[float, ...]
@@ -144,11 +144,6 @@ def image_size(file: Path) -> tuple[int, int]:
             return image.height, image.width
     except Exception as reason:
         raise DataError(f"{file} is not a readable image ({first_line(reason)}): replace or remove it") from None
-
-
-def first_line(reason: BaseException) -> str:
-    """An exception's first line, for use inside a sentence."""
-    return (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
 
 
 def _check_statistics(statistics: Statistics, channels: int, name: str) -> None:

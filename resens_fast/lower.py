@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resens_fast.blocks import Block
-from resens_fast.errors import NotCovered
+from resens_fast.errors import NotCovered, first_line
 from resens_fast.fused import Conv, FusedBlock, FusedNetwork, Head, Shortcut, Stem, convert
 from resens_fast.network import ResidualNetwork
 from resens_fast.piece import Piece, attribute
@@ -33,10 +33,22 @@ def lower(net: ResidualNetwork) -> FusedNetwork:
     Every folded part is compared with the network's own on a random state before it is returned. Raises NotCovered that
     names the block and the reason: squeeze-excite, groups, highway gates, activations other than ReLU, and so on.
     """
-    twin = copy.deepcopy(net).cpu().double().eval().requires_grad_(False)
+    for name, module in net.model.named_modules():
+        if "forward" in vars(module):
+            raise NotCovered(f"module {name or 'model'!r} has a forward of its own instead of its class's")
+    try:
+        twin = copy.deepcopy(net).cpu().double().eval().requires_grad_(False)
+        return _lower(net, twin)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # weights that are no parameters, such as pruned ones, are not copied or converted
+        raise NotCovered(f"a copy of the network in float64 does not run: {first_line(error)}") from None
+
+
+def _lower(net: ResidualNetwork, twin: ResidualNetwork) -> FusedNetwork:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        image = torch.randn(2, *net.input_shape, dtype=torch.float64)
+        image = torch.randn(2, *net.input_shape, dtype=torch.float64, device="cpu")
         stem = _part("the stem", lambda: _stem(twin.recipe.stem, twin.model))
         state = _same("the stem", stem(image), twin.stem(image))
         blocks = []
@@ -107,7 +119,8 @@ def _block(block: Block) -> FusedBlock:
     steps = before + inner
     if steps and steps[0][0] in ("norm", "relu"):
         channels = recipe.shape_in[0]
-        scale, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+        like = next(model.parameters())
+        scale, shift = like.new_ones(channels), like.new_zeros(channels)
         if steps[0][0] == "norm":
             scale, shift = _affine(steps.pop(0)[1], model)
         if not steps or steps.pop(0)[0] != "relu":
@@ -146,7 +159,7 @@ def _padding(block: Block, activated: bool) -> Shortcut:
     """A shortcut without parameters, recognised from what it does to random numbers."""
     (c, h, w), (out, height, _) = block.shape_in, block.shape_out
     stride = max(1, round(h / height))
-    x = torch.randn(2, c, h, w, dtype=torch.float64)
+    x = torch.randn(2, c, h, w, dtype=torch.float64, device="cpu")
     y = block.shortcut(x)
     filled = y.abs().amax((0, 2, 3)).nonzero()
     before = int(filled[0]) if len(filled) else 0
@@ -240,7 +253,7 @@ def _weights(node: fx.Node, model: nn.Module) -> tuple[Tensor, Tensor]:
         weight, bias = (_value(values.get(k), model) for k in ("weight", "bias"))
     if not isinstance(weight, Tensor):
         raise _NoFit(f"the weight of {node.name} is computed by the network itself")
-    return weight, torch.zeros(weight.shape[0], dtype=weight.dtype) if bias is None else bias
+    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
 def _affine(node: fx.Node, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -276,7 +289,7 @@ def _max_pool(node: fx.Node, model: nn.Module) -> tuple[int, int, int]:
     if kernel is None or padding is None or stride is None or dilation != 1:
         raise _NoFit("its max pool is not square")
     source, shape = node.all_input_nodes[0].meta["shape"], node.meta["shape"]
-    plain = F.max_pool2d(torch.zeros(1, 1, *source[2:]), kernel, stride, padding).shape[2:]
+    plain = F.max_pool2d(torch.zeros(1, 1, *source[2:], device="cpu"), kernel, stride, padding).shape[2:]
     if tuple(plain) != tuple(shape[2:]):
         raise _NoFit("its max pool rounds the image size up")
     return kernel, stride, padding

@@ -54,6 +54,8 @@ def _run(block: Block, state: Tensor, gates: Tensor, skips: bool) -> Tensor:
 def check(structure: Structure, mask: Tensor, batch: int) -> Tensor:
     """The mask's values, float64 on the CPU, after every way in which it may not fit the network was looked at."""
     n = len(structure)
+    if mask.is_meta:
+        raise SweepError("a mask has values, and a meta tensor has none")
     if mask.is_complex():
         raise SweepError(f"a mask holds booleans or real gates, not {mask.dtype}")
     if tuple(mask.shape) not in ((n,), (batch, n)):
@@ -75,7 +77,7 @@ def check(structure: Structure, mask: Tensor, batch: int) -> Tensor:
 
 def _tensor(mask: Any) -> Tensor:
     try:
-        return torch.as_tensor(mask)
+        return mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise SweepError(
             f"a mask is a tensor of booleans or gates, not {type(mask).__name__} ({str(error).splitlines()[0]})"

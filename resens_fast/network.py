@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from resens_fast import masks
 from resens_fast.blocks import Block, BlockRecipe
-from resens_fast.errors import DataError, EngineError, SweepError
+from resens_fast.errors import DataError, EngineError, SweepError, first_line
+from resens_fast.hooks import passed_by
 from resens_fast.piece import Piece
 from resens_fast.structure import Shape, Structure
 
@@ -85,13 +86,15 @@ class ResidualNetwork(nn.Module):
         row per image, True or 1 to keep a block, False or 0 to delete it, another number to scale its branch.
         With a mask and engine="triton" the blocks run as Triton kernels, in eval mode (batch norms frozen).
         Raises DataError for images of another kind than the network's, SweepError for a configuration or mask that
-        does not fit it, or for both at once.
+        does not fit it, or for both at once, EngineError for a forward hook that the variant would pass by.
         """
         self.check_images(x)
         if engine not in (None, "triton") or (engine and mask is None):
             raise EngineError(f'engine={engine!r} is not possible here: only engine="triton", and with a mask')
         if configuration is not None and mask is not None:
             raise SweepError("a configuration has gates of its own: give either a configuration or a mask, not both")
+        if (configuration is not None or mask is not None) and (hook := passed_by(self, engine == "triton")):
+            raise EngineError(f"this variant cannot be run: {hook}")
         try:
             if mask is not None:
                 return masks.forward(self, x, mask, engine)
@@ -101,10 +104,9 @@ class ResidualNetwork(nn.Module):
         except (RuntimeError, AssertionError) as error:
             if tuple(x.shape[1:]) == self.input_shape:
                 raise
-            reason = (str(error).strip().splitlines() or [""])[0]
             raise DataError(
                 f"images of shape {tuple(x.shape[1:])} do not pass through the network, "
-                f"which was wrapped for {self.input_shape}: {reason}"
+                f"which was wrapped for {self.input_shape}: {first_line(error)}"
             ) from error
 
     def _intact(self, x: Tensor) -> Tensor:
@@ -277,4 +279,4 @@ class ResidualNetwork(nn.Module):
 def _rewrap(model: nn.Module, input_shape: Shape) -> ResidualNetwork:
     from resens_fast.wrap import wrap
 
-    return wrap(model, torch.zeros(1, *input_shape))
+    return wrap(model, torch.zeros(1, *input_shape, device="cpu"))

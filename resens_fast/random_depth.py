@@ -75,11 +75,11 @@ class SampleBlocks(RandomDepth):
     def survival(self, blocks: int) -> Tensor:
         if self.k > blocks:
             raise ModelError(f"cannot sample {self.k} blocks of a network that has {blocks}: choose {blocks} or fewer")
-        return torch.full((blocks,), self.k / blocks, dtype=torch.float64)
+        return torch.full((blocks,), self.k / blocks, dtype=torch.float64, device="cpu")
 
     def draw(self, blocks: int) -> Tensor:
         self.survival(blocks)
-        mask = torch.zeros(blocks, dtype=torch.bool)
+        mask = torch.zeros(blocks, dtype=torch.bool, device="cpu")
         mask[torch.randperm(blocks)[: self.k]] = True
         return mask
 
@@ -93,11 +93,11 @@ class StochasticDepth(RandomDepth):
         self.about = {"stochastic_depth": self.p_last}
 
     def survival(self, blocks: int) -> Tensor:
-        place = torch.arange(1, blocks + 1, dtype=torch.float64)
+        place = torch.arange(1, blocks + 1, dtype=torch.float64, device="cpu")
         return 1 - place / blocks * (1 - self.p_last)
 
     def draw(self, blocks: int) -> Tensor:
-        return torch.rand(blocks, dtype=torch.float64) < self.survival(blocks)
+        return torch.rand(blocks, dtype=torch.float64, device="cpu") < self.survival(blocks)
 
 
 def sample_blocks(k: int) -> RandomDepth:

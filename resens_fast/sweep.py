@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,14 @@ class Sweep:
     def __len__(self) -> int:
         return len(self.orders)
 
-    def __getitem__(self, index: int) -> Configuration:
+    @overload
+    def __getitem__(self, index: int) -> Configuration: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sweep: ...
+
+    def __getitem__(self, index: int | slice) -> Configuration | Sweep:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"configuration {index} of a sweep of {len(self)}")
         return Configuration(tuple(self.orders[index].tolist()), tuple(self.gates[index].tolist()))

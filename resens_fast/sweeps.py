@@ -230,6 +230,7 @@ def _candidates(structure: Structure, transitions: bool) -> list[int]:
 
 
 def _counts(k: int | Iterable[int], name: str) -> list[int]:
+    k = k.tolist() if hasattr(k, "tolist") else k  # an array or a tensor
     values = list(k) if isinstance(k, Iterable) else [k]
     if not values:
         raise SweepError(f"{name} is empty; give a number or several")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from resens_fast.errors import WrapError
+from resens_fast.errors import WrapError, first_line
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -64,7 +64,7 @@ class Tracer(fx.Tracer):
         except _Untraceable:
             raise
         except Exception as error:
-            raise _Untraceable(path, _first_line(error)) from error
+            raise _Untraceable(path, first_line(error)) from error
         finally:
             self.owners.pop()
 
@@ -72,10 +72,6 @@ class Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta["owner"] = self.owners[-1]
         return node
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _normalise(graph: fx.Graph, model: nn.Module) -> None:
@@ -208,4 +204,4 @@ def trace(model: nn.Module, example: torch.Tensor) -> tuple[fx.Graph, dict[str, 
         except WrapError:
             raise
         except Exception as error:
-            raise WrapError(f"the model's forward cannot be traced: {_first_line(error)}") from error
+            raise WrapError(f"the model's forward cannot be traced: {first_line(error)}") from error

@@ -219,7 +219,7 @@ def train(
         return model if depth is None else depth.plain(model).model
 
     plain()  # a network that has none is refused before anything is written
-    checkpoint = Checkpoint(Path(out), about, model, optimizer, schedule)
+    checkpoint = Checkpoint(Path(out), {**about, "images": len(learn)}, model, optimizer, schedule)
     result = Trained(Path(out), checkpoint.begin(resume))
     for epoch in range(len(result.history), recipe.epochs):
         began = time.perf_counter()

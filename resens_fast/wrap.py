@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from resens_fast.blocks import Block, BlockRecipe, kind_of
 from resens_fast.cut import BlockCut, NetworkCut, cut
-from resens_fast.errors import WrapError
+from resens_fast.errors import WrapError, first_line
 from resens_fast.network import Recipe, ResidualNetwork
 from resens_fast.piece import Piece
 from resens_fast.roles import conv_kernel, roles
@@ -70,7 +70,7 @@ def _double_copy(model: nn.Module) -> nn.Module:
             twin = twin.cpu()
         return twin.double().eval().requires_grad_(False)
     except Exception as error:
-        raise WrapError(f"the model cannot be copied for probing: {_first_line(error)}") from error
+        raise WrapError(f"the model cannot be copied for probing: {first_line(error)}") from error
 
 
 def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
@@ -105,7 +105,7 @@ def _probe_images(model: nn.Module, example: Tensor | None) -> Tensor:
                 model(probe.clone())
             return probe
         except Exception as error:
-            reason = reason or _first_line(error)
+            reason = reason or first_line(error)
     raise WrapError(
         f"the model accepts no {channels}-channel image of {sizes} pixels ({reason}); "
         "pass example=torch.zeros(1, C, H, W)"
@@ -117,7 +117,7 @@ def _run_model(model: nn.Module, images: Tensor) -> Tensor:
         with torch.no_grad():
             logits = model(images.clone())  # some models write into their input
     except Exception as error:
-        raise WrapError(f"the model fails on images of shape {tuple(images.shape)}: {_first_line(error)}") from error
+        raise WrapError(f"the model fails on images of shape {tuple(images.shape)}: {first_line(error)}") from error
     if not isinstance(logits, Tensor):
         raise WrapError(f"the model returns {type(logits).__name__}, wrap() needs one tensor of logits [B, classes]")
     if logits.ndim != 2 or logits.shape[0] != images.shape[0]:
@@ -235,7 +235,3 @@ def _verify(recipe: Recipe, model: nn.Module, images: Tensor, expected: Tensor) 
             f"stem, {len(recipe.blocks)} blocks and head put together differ from the model by {difference:.3g} "
             "on a probe batch; does its forward depend on more than the image?"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -201,9 +201,10 @@ def test_auto_passes_over_fused_engines_that_do_not_fit(net: rf.ResidualNetwork,
     torch.testing.assert_close(rf.logits(net, sweep, large).double(), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(EngineError, match=r"images are \(3, 24, 20\) and the network was wrapped for \(3, 16, 16\)"):
         rf.logits(net, sweep, large, engine="cpu")
-    handle = net.model.blocks[2].register_forward_hook(lambda module, inputs, output: output + 1)  # type: ignore[union-attr, index]
+    inner = net.model.get_submodule("blocks.2.conv1")
+    handle = inner.register_forward_hook(lambda module, inputs, output: output + 1)
     try:
-        with pytest.raises(EngineError, match=r"'blocks.2' has a forward hook"):
+        with pytest.raises(EngineError, match=r"'blocks.2.conv1' has a forward hook"):
             rf.logits(net, sweep, images, engine="cpu")
         data = (images[:2], torch.zeros(2, dtype=torch.long))
         study = rf.evaluate(net, sweep, data, progress=False)

@@ -290,19 +290,6 @@ def test_a_disk_full_from_the_start_leaves_no_folder(  # type: ignore[no-untyped
     assert not (tmp_path / "a").exists()
 
 
-def test_folders_that_are_not_ours(
-    net: rf.ResidualNetwork, images: torch.Tensor, labels: torch.Tensor, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StudyError, match="is a file"):
-        rf.evaluate(net, make(net), (images, labels), out=tmp_path / "file", progress=False)
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "notes.txt").write_text("x")
-    with pytest.raises(StudyError, match=r"other files \(notes.txt\)"):
-        rf.evaluate(net, make(net), (images, labels), out=tmp_path / "used", progress=False)
-    assert [p.name for p in (tmp_path / "used").iterdir()] == ["notes.txt"]
-
-
 def test_two_writers(net: rf.ResidualNetwork, images: torch.Tensor, labels: torch.Tensor, tmp_path: Path) -> None:
     from resens_fast.folder import StudyFolder
 

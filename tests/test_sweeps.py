@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import chisquare, kendalltau
 
 from resens_fast import sweeps
 from resens_fast.errors import SweepError
 from resens_fast.structure import Structure
+from resens_fast.sweep import Sweep
 
 
 def stages(*lengths: int, drops: bool = True) -> Structure:
@@ -185,3 +187,26 @@ def test_plain_networks() -> None:
         sweeps.from_masks(net, [[1, 0, 1]])
     with pytest.raises(SweepError, match="gate 0.5, but a plain block"):
         sweeps.from_gates(net, [[0.5, 1, 1]])
+
+
+def test_slices_are_sweeps():
+    net = stages(3, 3)
+    sweep = sweeps.single(net) + sweeps.swap_random(net, k=[1, 2], samples=3, seed=0)
+    part = sweep[2:9:3]
+    assert isinstance(part, Sweep)
+    assert list(part) == [sweep[2], sweep[5], sweep[8]][: len(part)]
+    assert list(part.frame["k"]) == [sweep.frame["k"][at] for at in range(2, min(9, len(sweep)), 3)]
+    with pytest.raises(SweepError, match="no configurations"):
+        sweep[:0]
+    assert list(sweep[-2:]) == [sweep[len(sweep) - 2], sweep[-1]]
+    with pytest.raises(IndexError, match="configuration 99"):
+        sweep[99]
+
+
+def test_numbers_may_come_as_arrays_and_tensors():
+    net = stages(3, 3)
+    expected = sweeps.delete_random(net, k=[1, 2], samples=2, seed=0)
+    for k in (np.array([1, 2]), torch.tensor([1, 2]), range(1, 3)):
+        assert list(sweeps.delete_random(net, k=k, samples=2, seed=0)) == list(expected)
+    one = sweeps.delete_random(net, k=torch.tensor(2), samples=2, seed=0)
+    assert list(one) == list(sweeps.delete_random(net, k=2, samples=2, seed=0))

@@ -225,6 +225,8 @@ def test_resuming_something_else_is_refused(sets, tmp_path):
     run(sets, tmp_path)
     with pytest.raises(ModelError, match=r"learning_rate = 0\.1, not 0\.2"):
         run(sets, tmp_path, recipe=Recipe(**{**vars(RECIPE), "learning_rate": 0.2}), resume=True)
+    with pytest.raises(ModelError, match="images = 256, not 200"):
+        run((data.open("digits", train=True, limit=200), sets[1]), tmp_path, resume=True)
     with pytest.raises(ModelError, match="another network"):
         run(sets, tmp_path, rf.models.resnet(14, width=8, in_channels=1), resume=True)
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")

@@ -10,6 +10,8 @@ namespace resens::cpu {
 namespace {
 
 constexpr int32_t kVersion = 1;
+constexpr int kLargest = 255;               // pixels of a kernel, a padding or a pooling window
+constexpr int64_t kMostBytes = 1LL << 48;  // of packed weights: sums of them stay far from overflow
 
 class Reader {
  public:
@@ -24,11 +26,12 @@ class Reader {
     const uint32_t low = static_cast<uint32_t>(next());
     return static_cast<int64_t>(low) | (static_cast<int64_t>(next()) << 32);
   }
-  int positive(const char* what) {
+  int between(int low, int high, const char* what) {
     const int n = next();
-    if (n < 1 || n > (1 << 24)) throw std::invalid_argument(std::string("The network's description gives ") + what + " as " + std::to_string(n) + ".");
+    if (n < low || n > high) throw std::invalid_argument(std::string("The network's description gives ") + what + " as " + std::to_string(n) + ".");
     return n;
   }
+  int positive(const char* what) { return between(1, 1 << 20, what); }
   bool done() const { return at_ == end_; }
 
  private:
@@ -39,9 +42,9 @@ Conv read_conv(Reader& r) {
   Conv c;
   c.in_channels = r.positive("input channels");
   c.out_channels = r.positive("output channels");
-  c.kernel = r.positive("a kernel size");
+  c.kernel = r.between(1, kLargest, "a kernel size");
   c.step = r.positive("a stride");
-  c.padding = r.next();
+  c.padding = r.between(0, kLargest, "a padding");
   c.relu = r.flag();
   c.raw_weight = r.offset();
   c.raw_bias = r.offset();
@@ -60,6 +63,7 @@ class Arranger {
   Arranger(const Kernels& kernels, Dtype dtype) : operand_(dtype == Dtype::kBFloat16 ? kernels.bfloat16 : kernels.float32) {}
   int64_t take(int64_t bytes) {
     const int64_t at = used_;
+    if (bytes > kMostBytes || used_ > kMostBytes) throw std::invalid_argument("The network's description asks for more weights than any memory holds.");
     used_ += (bytes + 63) / 64 * 64;
     return at;
   }
@@ -133,14 +137,14 @@ Block read_block(Reader& r, Arranger& arranger, std::vector<Geometry>& geometrie
   if (!(geometry(channels, height, width) == b.out)) throw std::invalid_argument("A block's convolutions do not lead to its output's shape.");
   b.shortcut = static_cast<ShortcutKind>(r.next());
   b.step = r.positive("a shortcut's stride");
-  b.before = r.next();
-  b.pool = r.next();
+  b.before = r.between(0, 1 << 20, "a padding of channels");
+  b.pool = r.between(0, kLargest, "a pooling window");
   b.activated = r.flag();
   b.closing_relu = r.flag();
   if (b.shortcut == ShortcutKind::kIdentity) {
     if (!(b.in == b.out)) throw std::invalid_argument("An identity shortcut changes no shape.");
   } else if (b.shortcut == ShortcutKind::kPad) {
-    if (b.before < 0 || b.before + in_channels > round_up(out_channels, kLanes)) throw std::invalid_argument("A padding shortcut pads past its output.");
+    if (b.before + in_channels > round_up(out_channels, kLanes)) throw std::invalid_argument("A padding shortcut pads past its output.");
     const int step = b.pool ? b.pool : b.step;
     if ((out_height - 1) * step + std::max(b.pool, 1) > in_height || (out_width - 1) * step + std::max(b.pool, 1) > in_width) {
       throw std::invalid_argument("A padding shortcut reads past its input.");
@@ -180,11 +184,11 @@ Network read_network(const int32_t* layout, int64_t length, const Kernels& kerne
     else arranger.place(c, geometry(channels, height, width));
     n.stem.push_back(c);
   }
-  n.pool_kernel = r.next();
-  n.pool_stride = r.next();
-  n.pool_padding = r.next();
+  n.pool_kernel = r.between(0, kLargest, "a pooling window");
+  n.pool_stride = r.between(0, kLargest, "a pooling stride");
+  n.pool_padding = r.between(0, kLargest, "a pooling padding");
   if (n.pool_kernel) {
-    if (n.pool_kernel < 0 || n.pool_stride < 1 || n.pool_padding < 0) throw std::invalid_argument("The stem's pooling is malformed.");
+    if (n.pool_stride < 1 || std::min(height, width) + 2 * n.pool_padding < n.pool_kernel) throw std::invalid_argument("The stem's pooling is malformed.");
     height = (height + 2 * n.pool_padding - n.pool_kernel) / n.pool_stride + 1;
     width = (width + 2 * n.pool_padding - n.pool_kernel) / n.pool_stride + 1;
   }

@@ -91,6 +91,8 @@ Device = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", metavar="N", min=1, help="CPU threads; all cores if not given.", show_default=False),
+    typer.Option(
+        "--threads", metavar="N", min=1, max=1024, help="CPU threads; all cores if not given.", show_default=False
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random draws; the same draws on every machine.")]

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..errors import EngineError
+from ..hooks import passed_by
 from .base import AT, LOSS_SCALE, Engine, Executor, GradientExecutor, Progress, Tally
 
 if TYPE_CHECKING:
@@ -111,14 +112,11 @@ def _choose(
 
 
 def _reason(engine: Engine, refuses: _Refuses, net: ResidualNetwork, size: tuple[int, ...] | None) -> str | None:
-    reason = engine.missing() or refuses(engine)
+    reason = engine.missing() or passed_by(net, engine.fused) or refuses(engine)
     if reason is not None or not engine.fused:
         return reason
     if size not in (None, tuple(net.input_shape)):
         return (
             f"images are {size} and the network was wrapped for {tuple(net.input_shape)}; wrap it with such an example"
         )
-    for name, module in net.model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"module {name or 'model'!r} has a forward hook, which folded parameters would pass by"
     return None

@@ -88,7 +88,7 @@ class Call:
         self, images: torch.Tensor, labels: torch.Tensor | None, control: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts int64 [3, W], and logits float32 [W, B, K] when there are no labels; the GIL is free meanwhile."""
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
         counts, logits = torch.ops.resens_fast.eval(
             images, none if labels is None else labels, self.layout, self.packed, [self.tape, self.gates], self.words,
             self.classes if labels is None else 0, torch.get_num_threads(), self.tile, self.isa, self.rounded, control,
@@ -138,7 +138,7 @@ class CpuExecutor(Executor):
     def _run(
         self, images: torch.Tensor, labels: torch.Tensor | None, progress: Progress | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        control = torch.zeros(3, dtype=torch.int64)
+        control = torch.zeros(3, dtype=torch.int64, device="cpu")
         images = images.detach().to("cpu", torch.float32).contiguous()
         if labels is not None:
             labels = labels.detach().to("cpu", torch.int64).contiguous()
@@ -235,7 +235,7 @@ class FastForward:
             self.call = Call(state, chosen_isa(), False, tape, np.array([1.0] * n + [0.0], dtype=np.float32), 1)
             self.state = state
         assert self.call is not None
-        call, control, images = self.call, torch.zeros(3, dtype=torch.int64), x.contiguous()
+        call, control, images = self.call, torch.zeros(3, dtype=torch.int64, device="cpu"), x.contiguous()
         if self.call.seconds * len(x) < 0.5:  # too short to be worth interrupting
             return call(images, None, control)[1][0]
         return interruptible(lambda: call(images, None, control)[1], control, None)[0]  # type: ignore[no-any-return]

@@ -40,8 +40,8 @@ def _register_fake() -> None:
         shape: Sequence[int],
         control: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        norms = torch.empty(words, images.shape[0], dtype=torch.float64)
-        return norms, torch.empty((words, images.shape[0], *shape) if shape else (0,))
+        norms = torch.empty(words, images.shape[0], dtype=torch.float64, device="cpu")
+        return norms, torch.empty((words, images.shape[0], *shape) if shape else (0,), device="cpu")
 
 
 class CpuGradients(GradientExecutor):
@@ -56,7 +56,7 @@ class CpuGradients(GradientExecutor):
         self.layout, self.packed, self.transposed = (
             weights.layout, weights.weights(self.isa, False), weights.transposed(self.isa),
         )  # fmt: skip
-        self.order = torch.tensor(plan.order, dtype=torch.int64)
+        self.order = torch.tensor(plan.order, dtype=torch.int64, device="cpu")
         self.tape, self.gates = torch.from_numpy(tape.instructions).reshape(-1, 2), torch.from_numpy(tape.gates)
         self.words, self.tile = plan.words, 0
         self.shape = plan.structure.shapes_in[plan.order[0]] if plan.order else ()
@@ -71,7 +71,7 @@ class CpuGradients(GradientExecutor):
     def _run(
         self, images: torch.Tensor, labels: torch.Tensor, shape: Sequence[int], progress: Progress | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        control = torch.zeros(3, dtype=torch.int64)
+        control = torch.zeros(3, dtype=torch.int64, device="cpu")
         arguments = self.arguments(images, labels, shape, control)
         return interruptible(  # type: ignore[no-any-return]
             lambda: torch.ops.resens_fast.path_gradients(*arguments), control, progress

@@ -71,5 +71,5 @@ def describe(net: FusedNetwork) -> tuple[torch.Tensor, torch.Tensor]:
     w.put(head.relu)
     w.tensor(head.weight)
     w.tensor(head.bias)
-    parameters = torch.cat(w.parameters) if w.parameters else torch.empty(0)
-    return torch.tensor(w.numbers, dtype=torch.int32), parameters.contiguous()
+    parameters = torch.cat(w.parameters) if w.parameters else torch.empty(0, device="cpu")
+    return torch.tensor(w.numbers, dtype=torch.int32, device="cpu"), parameters.contiguous()

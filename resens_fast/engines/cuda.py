@@ -210,9 +210,9 @@ class TapeExecutor(Executor):
     @torch.inference_mode()
     def logits(self, images: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         step = max(self.variant.images, LOGITS_BYTES // (4 * max(1, self.words) * self.packed.head[3]))
-        pieces = [torch.zeros(self.words, 0, self.packed.head[3])]
+        pieces = [torch.zeros(self.words, 0, self.packed.head[3], device="cpu")]
         for x in images.split(step) if len(images) else ():
-            for _, out in self._halving(x, torch.zeros(len(x)), True, progress, len(x) / len(images)):
+            for _, out in self._halving(x, torch.zeros(len(x), device="cpu"), True, progress, len(x) / len(images)):
                 assert out is not None
                 pieces.append(out.cpu())
         return torch.cat(pieces, dim=1)

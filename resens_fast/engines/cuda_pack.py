@@ -45,7 +45,7 @@ class Packed:
             starts.append(size)
             size += len(data) + len(pieces[-1])
         fields = [int(self.dtype == torch.float16), self.width, self.in_channels, int(self.stem_relu), *self.head]
-        return torch.tensor([*fields, *starts[1:]], dtype=torch.int32), torch.cat(pieces).to(device)
+        return torch.tensor([*fields, *starts[1:]], dtype=torch.int32, device="cpu"), torch.cat(pieces).to(device)
 
 
 def _convolution(conv: Conv, size: int, stride: int) -> str | None:
@@ -106,9 +106,9 @@ def refuses(net: FusedNetwork) -> str | None:
     return None
 
 
-_LANE = torch.arange(32).view(32, 1, 1)
-_REGISTER = torch.arange(4).view(1, 4, 1)
-_PARITY = torch.arange(2).view(1, 1, 2)
+_LANE = torch.arange(32, device="cpu").view(32, 1, 1)
+_REGISTER = torch.arange(4, device="cpu").view(1, 4, 1)
+_PARITY = torch.arange(2, device="cpu").view(1, 1, 2)
 _ROW = _LANE % 4 * 2 + _PARITY + 8 * (_REGISTER & 1)  # k of an m16n8k16 B fragment, two of which lie side by side
 _FRAGMENT = ((_REGISTER >> 1) * 8 + _LANE // 4) * 16 + _ROW  # [lane, register, 2] into [16 outputs, 16 inputs]
 
@@ -144,10 +144,10 @@ class _Floats:
 
 def _floats_of(block: FusedBlock) -> list[torch.Tensor]:
     inputs, outputs = block.shape_in[0], block.shape_out[0]
-    scale = block.scale if block.scale is not None else torch.ones(inputs)
-    shift = block.shift if block.shift is not None else torch.zeros(inputs)
+    scale = block.scale if block.scale is not None else torch.ones(inputs, device="cpu")
+    shift = block.shift if block.shift is not None else torch.zeros(inputs, device="cpu")
     projected = block.shortcut.conv
-    last = projected.bias if projected is not None else torch.zeros(outputs)
+    last = projected.bias if projected is not None else torch.zeros(outputs, device="cpu")
     return [block.convs[0].bias, block.convs[1].bias, scale, shift, last]
 
 
@@ -182,8 +182,8 @@ def pack(net: FusedNetwork, dtype: torch.dtype) -> Packed:
     head = net.head
     classes, channels = head.weight.shape
     scaled = head.scale is not None
-    scale = torch.ones(channels) if head.scale is None else head.scale
-    shift = torch.zeros(channels) if head.shift is None else head.shift
+    scale = torch.ones(channels, device="cpu") if head.scale is None else head.scale
+    shift = torch.zeros(channels, device="cpu") if head.shift is None else head.shift
     at = floats.add(head.weight, head.bias, scale, shift)
     stem = net.stem.convs[0]
     stem_floats = torch.cat(
@@ -192,7 +192,7 @@ def pack(net: FusedNetwork, dtype: torch.dtype) -> Packed:
     return Packed(
         weights=torch.cat(weights).view(torch.uint8),
         parameters=torch.cat(floats.pieces),
-        blocks=torch.tensor(rows, dtype=torch.int32),
+        blocks=torch.tensor(rows, dtype=torch.int32, device="cpu"),
         head=(at, int(scaled), int(head.relu), classes),
         stem=stem_floats.contiguous(),
         stem_relu=stem.relu,

@@ -39,5 +39,10 @@ def _eval(
     control: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     # Shapes for torch.compile and opcheck: a fake program cannot be read, so the number of words is an argument.
+    # One argument on the meta device among real ones also leads here, where nothing is computed.
+    given = [images, labels, layout, packed, *program, *([] if control is None else [control])]
+    meta = [tensor.is_meta for tensor in given]
+    if any(meta) and not all(meta):
+        raise ValueError("resens_fast::eval was given tensors on the meta device among real ones")
     counts = images.new_empty((3, words), dtype=torch.int64)
     return counts, images.new_empty((words, images.shape[0], logits) if logits else (0,), dtype=torch.float32)

@@ -75,7 +75,7 @@ class ReferenceGradients(GradientExecutor):
     def _parameter_norms(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None) -> torch.Tensor:
         self.net.requires_grad_(True)
         images, labels = images.detach().to(self.net.device, torch.float64).clone(), labels.to(self.net.device).clone()
-        norms = torch.zeros(len(self.paths), len(images), len(self.net.blocks), dtype=torch.float64)
+        norms = torch.zeros(len(self.paths), len(images), len(self.net.blocks), dtype=torch.float64, device="cpu")
         for word, path in enumerate(self.paths):
             for i in range(len(images)):
                 loss = self._loss(self.net.stem(images[i : i + 1]), labels[i : i + 1], path)

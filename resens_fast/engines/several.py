@@ -16,17 +16,18 @@ from .base import Executor, Progress, Tally
 
 _POLL_SECONDS = 0.1
 R = TypeVar("R")
-Devices = torch.device | str | Sequence[torch.device | str]
+Devices = torch.device | str | int | Sequence[torch.device | str | int]
 
 
 def devices(wanted: Devices) -> list[torch.device]:
-    """The devices of `wanted`, one, several, or names with commas between them, after a number was put on each.
+    """The devices of `wanted`, one, several, or names with commas between them, after a number was put on each;
+    a number alone is that GPU, as in PyTorch.
 
     Raises EngineError for a device that cannot be used, one that is named twice and devices of different kinds.
     """
     if isinstance(wanted, str):
         wanted = wanted.split(",")
-    elif isinstance(wanted, torch.device):
+    elif isinstance(wanted, (torch.device, int)):
         wanted = [wanted]
     found = [_usable(device) for device in wanted]
     if not found:
@@ -39,7 +40,7 @@ def devices(wanted: Devices) -> list[torch.device]:
     return found
 
 
-def _usable(device: torch.device | str) -> torch.device:
+def _usable(device: torch.device | str | int) -> torch.device:
     try:
         torch.zeros(1, device=device).item()
         found = torch.device(device)

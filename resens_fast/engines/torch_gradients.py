@@ -108,7 +108,7 @@ class TorchGradients(GradientExecutor):
             for word, state in self._heads(images, labels, progress, 1.0):
                 rows[word] = state.norms()
             return torch.stack([rows[word] for word in range(self.words)]).cpu()
-        found = torch.empty(self.words, len(images), len(self.order), dtype=torch.float64)
+        found = torch.empty(self.words, len(images), len(self.order), dtype=torch.float64, device="cpu")
         for i in range(len(images)):  # a parameter's gradient is a sum over the images that went in together
             for word, state in self._heads(images[i : i + 1], labels[i : i + 1], progress, 1 / len(images)):
                 found[word, i] = state.squares.sqrt().cpu()

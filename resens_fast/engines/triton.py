@@ -99,7 +99,7 @@ class TritonExecutor(Executor):
     def logits(self, images: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         """Logits float32 [W, B, K] in every type: the head computes in float32."""
         prepared = self._for(images)
-        parts = [torch.empty(self.plan.words, 0, self.network.classes)]
+        parts = [torch.empty(self.plan.words, 0, self.network.classes, device="cpu")]
         for start in range(0, len(images), prepared.batch):
             part = images[start : start + prepared.batch]
             out = torch.empty(self.plan.words, len(part), self.network.classes, device=self.device)

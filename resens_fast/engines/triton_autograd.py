@@ -84,8 +84,6 @@ def _check(net: ResidualNetwork, x: Tensor, mask: Tensor) -> None:
                 f"the triton engine folds batch norms, but {name or 'the model'} is in training mode; call eval() "
                 "first, or leave the engine out"
             )
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise EngineError(f"module {name or 'model'!r} has a forward hook, which folded parameters would pass by")
     if mask.requires_grad:
         raise EngineError("the triton engine has no gradient with respect to gates; leave the engine out")
     from . import choose

@@ -114,7 +114,7 @@ class TritonGradientExecutor(GradientExecutor):
 
     @torch.inference_mode()
     def norms(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
-        parts = [torch.empty(self.plan.words, 0, dtype=torch.float64)]
+        parts = [torch.empty(self.plan.words, 0, dtype=torch.float64, device="cpu")]
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
             with on_device(self.device):
@@ -130,7 +130,7 @@ class TritonGradientExecutor(GradientExecutor):
     def gradients(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         """Gradients float32 [W, B, C, H, W] in every type: they are smaller than some can hold."""
         shape = self.prepared.shape
-        found = torch.empty(self.plan.words, len(images), *shape)
+        found = torch.empty(self.plan.words, len(images), *shape, device="cpu")
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
             out = torch.empty(self.plan.words, len(part), *shape, device=self.device)
