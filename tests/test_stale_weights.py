@@ -128,6 +128,16 @@ def test_a_change_is_seen(change: Callable[[rf.ResidualNetwork], None]) -> None:
     assert agree(net)
 
 
+def test_a_network_that_cannot_be_copied_is_refused() -> None:
+    net = rf.wrap(randomise(Net()).eval(), X)
+    prune(net)
+    net.model(X)  # with gradients: the pruned weight has a history now
+    with pytest.raises(EngineError, match=r"cannot be copied .*prune.remove"):
+        rf.logits(net, rf.sweeps.intact(net), X)
+    torch.nn.utils.prune.remove(conv(net), "weight")
+    assert agree(net)
+
+
 def test_nothing_is_packed_twice() -> None:
     net = rf.wrap(randomise(Net()).eval(), X)
     kept = packed(net)

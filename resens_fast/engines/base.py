@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import EngineError, first_line
+
 if TYPE_CHECKING:
     from ..gradient_plan import GradientPlan
     from ..network import ResidualNetwork
@@ -78,7 +80,15 @@ def replica(
     net: ResidualNetwork, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> ResidualNetwork:
     """A copy of the network for one executor, in the layout it likes; the user's own stays as it is."""
-    twin = copy.deepcopy(net)
+    try:
+        twin = copy.deepcopy(net)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise EngineError(
+            f"the network cannot be copied ({first_line(error)}): make weights that a hook computes permanent first, "
+            "such as pruned ones with torch.nn.utils.prune.remove"
+        ) from None
     twin.to(device=device, dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
     return twin.requires_grad_(False).eval()
 
