@@ -130,6 +130,8 @@ def _block(block: Block) -> FusedBlock:
         raise _NoFit(f"its branch has {len(convs)} convolutions, only two or three are covered")
     if [conv.relu for conv in convs] != [True] * (len(convs) - 1) + [False]:
         raise _NoFit("its branch does not have a ReLU after every convolution but the last")
+    if not block.deletable:
+        raise _NoFit("what goes around its branch has another shape than its output")
     shortcut = _shortcut(block, bool(before))
     return FusedBlock(
         block.index, block.name, scale, shift, convs, shortcut, bool(ends), block.shape_in, block.shape_out

@@ -125,6 +125,13 @@ class Squeezed(styles.FunctionBlock):
         return torch.relu(f * torch.sigmoid(self.squeeze(f.mean((2, 3), keepdim=True))) + self.shortcut(x))
 
 
+def test_a_shortcut_that_is_spread_by_broadcasting_is_not_covered() -> None:
+    """On 3 columns the branch keeps 2 and the pooled shortcut 1, which the addition then spreads over both."""
+    net = rf.wrap(network(styles.PooledProjectionBlock), torch.zeros(1, 3, 4, 3))
+    with pytest.raises(NotCovered, match=r"goes around its branch has another shape"):
+        lower(net)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
