@@ -11,7 +11,7 @@ from resens_fast.errors import ModelError
 from resens_fast.models import highway, resnet, vgg, zoo
 from resens_fast.training import measure
 
-SHIPPED = ("resnet110-cifar10", "resnet20-digits", "vgg15-cifar10")
+SHIPPED = ("resnet110-cifar10", "resnet20-digits", "resnet56-sampled-cifar10", "vgg15-cifar10")
 
 
 def layers(model):
@@ -150,6 +150,7 @@ def test_digits_network_reaches_the_error_on_its_card():
     [
         ("resnet110-cifar10", "basic_preact", 54, [18, 36]),
         ("resnet20-digits", "basic_preact", 9, [3, 6]),
+        ("resnet56-sampled-cifar10", "basic_preact", 27, [9, 18]),
         ("vgg15-cifar10", "plain", 12, [0, 2, 5, 8]),
     ],
 )

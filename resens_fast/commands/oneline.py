@@ -44,7 +44,8 @@ def explain(error: BaseException, state: State) -> str | None:
         where = error.filename or state.out
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             at = f" to write {where}" if where else ""
-            return f"no space left{at}; free some and run the same command again, finished parts are kept"
+            kept = ", finished parts are kept" if state.resume else ""
+            return f"no space left{at}; free some and run the same command again{kept}"
         return f"{error.strerror or error}{f': {where}' if where else ''}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("resens_fast"):
         package = error.name.split(".")[0]
