@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resens_fast as rf
 from resens_fast import extension
+from resens_fast.engines.cpu import chosen_isa
 from resens_fast.engines.cuda import Program, TapeExecutor, Variant
 from resens_fast.engines.cuda_pack import pack
 from resens_fast.engines.ops import has_kernel
+from resens_fast.engines.packed import packed
 from resens_fast.lower import lower
 
 pytestmark = pytest.mark.skipif(
@@ -44,6 +46,28 @@ def test_the_cpu_refuses_what_is_not_for_it() -> None:
     x, none = torch.zeros(1, 3, 32, 32), torch.zeros(0, dtype=torch.int64)
     with pytest.raises(ValueError, match="program is the tape and its gates, not 4 tensors"):
         torch.ops.resens_fast.eval(x, none, none, none, [none] * 4, 1, 10, 1, 1)
+
+
+def test_the_other_operators_keep_to_their_schemas() -> None:
+    """They neither write into what they are given nor return it; their results' sizes depend on values, so none is
+    known to tracing (eval, path_gradients and Triton's block are: their tests are beside them).
+    """
+    net = rf.wrap(rf.models.resnet(8).eval())
+    plan = rf.plan(net, rf.sweeps.single(net))
+    tape, state = plan.tape(), packed(net)
+    instructions, gates = torch.from_numpy(tape.instructions).reshape(-1, 2), torch.from_numpy(tape.gates)
+    ops, isa = torch.ops.resens_fast, chosen_isa()
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ops.cpu_checksum, ([state.raw, state.layout], 2)),
+        (ops.cpu_pack, (state.layout, state.raw, isa, False)),
+        (ops.cpu_pack_transposed, (state.layout, state.raw, isa)),
+        (ops.cpu_schedule, (state.layout, isa, False, instructions, gates, plan.words, 64, 2, 0)),
+    ]
+    if has_kernel("cuda"):
+        blocks = pack(lower(net), torch.bfloat16).blocks
+        calls.append((ops.cuda_program, (instructions, gates, blocks, 2, 16, 1)))
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments, test_utils="test_schema")
 
 
 class Recorder(TorchDispatchMode):
