@@ -144,9 +144,9 @@ def against_k(frame: pd.DataFrame, structure: Structure, title: str = "", note: 
         levels(axes, intact, chance)
         full_scale(axes, chance, float(error.max()) / 100 if len(error) else 0.0)
         integer_axis(axes, table["k"].to_numpy(int))
-        axes.set_xlabel("Blocks deleted at random, k")
+        axes.set_xlabel("Blocks deleted at random, k (dots are spread sideways)")
         put_legend(axes, 3)
-        put_title(figure, title or "k blocks deleted", note)
+        put_title(figure, title or "Blocks deleted at random", note)
     return figure
 
 
@@ -164,7 +164,7 @@ def against_tau(frame: pd.DataFrame, structure: Structure, title: str = "", note
         axes.errorbar(
             x,
             mean,
-            yerr=spread,
+            yerr=[np.minimum(spread, mean), np.minimum(spread, 100 - mean)],  # errors stay within 0 and 100 %
             fmt="-o",
             ms=4,
             color=BLUE,
@@ -201,6 +201,7 @@ def pairs(frame: pd.DataFrame, structure: Structure, title: str = "", note: str 
             np.nanmax(inner)
         )  # transitions would leave no colours for the rest: they go over the top of the scale
     bottom = min([*everything.tolist(), *([] if intact is None else [100 * intact]), top])
+    top = max(top, bottom + 1.0)  # where all errors are one
     with styled():
         import matplotlib
 
@@ -209,7 +210,7 @@ def pairs(frame: pd.DataFrame, structure: Structure, title: str = "", note: str 
         over = len(everything) and everything.max() > top
         colours = matplotlib.colormaps["viridis"].with_extremes(over="#D9B7C9" if over else None, bad="white")
         image = axes.imshow(
-            grid, cmap=colours, vmin=min(bottom, top - 1e-6), vmax=top, origin="lower", interpolation="nearest"
+            grid, cmap=colours, vmin=bottom, vmax=top, origin="lower", interpolation="nearest"
         )
         stages = np.asarray(structure.stages)
         for edge in np.flatnonzero(np.diff(stages)) + 0.5:
@@ -309,7 +310,7 @@ def draw(frame: pd.DataFrame, structure: Structure, title: str = "", note: str =
     """Every figure the frame has rows for: file stem -> figure. `title` names the network, `note` what was run."""
     heads = {
         "single-deletions": "one block deleted",
-        "deletions-against-k": "k blocks deleted at random",
+        "deletions-against-k": "blocks deleted at random",
         "pair-deletions": "two blocks deleted",
         "error-against-tau": "blocks reordered",
     }

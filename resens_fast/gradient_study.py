@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -143,14 +142,10 @@ class GradientStudy(Study):
             }
         )
 
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """Gradient norm against path length, as a matplotlib figure; saved when ``path`` is given."""
+    def _figure(self) -> Figure:
         from .path_figures import plot_gradients
 
-        figure = plot_gradients(self)
-        if path is not None:
-            figure.savefig(path)
-        return figure
+        return plot_gradients(self)
 
     def __repr__(self) -> str:
         return "Gradient" + super().__repr__().replace(" configurations, ", " paths, ", 1)

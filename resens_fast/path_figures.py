@@ -151,7 +151,7 @@ def by_block(study: GradientStudy, title: str = "", note: str = "") -> Figure:
         edges = [_edges(axis.to_numpy(float)) for axis in (grid.columns, grid.index)]
         mesh = axes.pcolormesh(edges[0], edges[1], shown, norm=scale, cmap=colours, rasterized=True)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02)
-        bar.set_label("Gradient norm over the block's parameters")
+        bar.set_label("Gradient norm over the block's parameters" + (" (white: none)" if (values == 0).any() else ""))
         bar.outline.set_visible(False)  # type: ignore[operator]
         block_axis(axes, study.structure)
         axes.set_ylabel("Path length (blocks)")

@@ -96,15 +96,19 @@ class Study:
             )
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """The figure that suits the sweep, as a matplotlib figure; saved when ``path`` is given (its suffix names the
-        format).
+        """The figure that suits the study (gradients: norm against path length), as a matplotlib figure; saved when
+        ``path`` is given, whose suffix names the format and whose folder is made if need be.
         """
-        from .figures import plot_study
-
-        figure = plot_study(self)
+        figure = self._figure()
         if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
         return figure
+
+    def _figure(self) -> Figure:
+        from .figures import plot_study
+
+        return plot_study(self)
 
     def __repr__(self) -> str:
         where = f" in {self.path}" if self.path else ""

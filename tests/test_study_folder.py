@@ -80,3 +80,15 @@ def test_a_flipped_bit_is_noticed(
         except StudyError:
             noticed += 1
     assert noticed > 50
+
+
+def test_a_plot_goes_into_a_folder_that_is_not_there_yet(
+    net: rf.ResidualNetwork, images: torch.Tensor, labels: torch.Tensor, tmp_path: Path
+) -> None:
+    data = (images, labels)
+    for name, study in (
+        ("deletions", rf.evaluate(net, sweeps.single(net), data, progress=False)),
+        ("gradients", rf.path_gradients(net, data, lengths=[1, 2], samples=2, progress=False)),
+    ):
+        study.plot(tmp_path / "new" / f"{name}.png")
+        assert (tmp_path / "new" / f"{name}.png").stat().st_size > 1000
