@@ -209,9 +209,7 @@ def pairs(frame: pd.DataFrame, structure: Structure, title: str = "", note: str 
         axes = figure.subplots()
         over = len(everything) and everything.max() > top
         colours = matplotlib.colormaps["viridis"].with_extremes(over="#D9B7C9" if over else None, bad="white")
-        image = axes.imshow(
-            grid, cmap=colours, vmin=bottom, vmax=top, origin="lower", interpolation="nearest"
-        )
+        image = axes.imshow(grid, cmap=colours, vmin=bottom, vmax=top, origin="lower", interpolation="nearest")
         stages = np.asarray(structure.stages)
         for edge in np.flatnonzero(np.diff(stages)) + 0.5:
             axes.plot([edge, edge], [edge, n - 0.5], color="white", lw=1.0)
