@@ -11,8 +11,11 @@
 #endif
 
 #define RESENS_INLINE static inline __attribute__((always_inline))
+#define RESENS_INLINED __attribute__((always_inline))  // of a lambda
 #define RESENS_UNROLL _Pragma("GCC unroll 32")
 #define RESENS_ROLLED _Pragma("GCC unroll 1")
+// A pointer that the compiler must keep in a register: left alone it computes every address from the pitch anew.
+#define RESENS_OPAQUE(pointer) __asm__("" : "+r"(pointer))
 
 namespace resens::cpu::RESENS_ISA {
 

@@ -31,39 +31,63 @@ RESENS_INLINE void input_line(const V* d, V* t) {
   t[5] = input_end(d[1], d[3], d[5]);
 }
 
-// One 6x6 window at `in`, all channels, to v[e * plane + c].
+// The six rows that a row of windows reads.
+struct Rows {
+  const float* row[6];
+};
+
+RESENS_INLINE Rows rows_at(const float* in, int64_t pitch) {
+  return {{in, in + pitch, in + 2 * pitch, in + 3 * pitch, in + 4 * pitch, in + 5 * pitch}};
+}
+
+// Windows side by side share two columns, so the vertical half of the transform is rolled along a run of `tiles` windows
+// of a row: four new columns a window, not six. The windows begin `at` floats into their six rows; all channels, to
+// v[e * plane + tile * channels + c].
 template <class Op, int C>
-RESENS_INLINE void input_tile(const float* in, int64_t pitch, int channels, typename Op::T* v, int64_t plane) {
+RESENS_INLINE void input_run(const Rows& rows, int64_t at, int channels, typename Op::T* v, int64_t plane, int tiles) {
+  typedef typename Op::T T;
   const int stride = C ? C : channels;
+  const int64_t step = 4 * stride, end = tiles * step;
   const V a = all(kA), b = all(kB), a2 = all(0.5f), b2 = all(2.0f);
-  RESENS_ROLLED for (int c = 0; c < stride; c += W, in += W, v += W) {
+  RESENS_ROLLED for (int c = 0; c < stride; c += W, v += W) {
+    const float* row[6];
+    RESENS_UNROLL for (int i = 0; i < 6; ++i) {
+      row[i] = rows.row[i] + at + c;
+      RESENS_OPAQUE(row[i]);
+    }
     V d[6], f[6], t[6];
-#define RESENS_D(i, j) load(in + (i) * pitch + (j) * stride)
-    RESENS_UNROLL for (int j = 0; j < 6; ++j) d[j] = input_end(RESENS_D(0, j), RESENS_D(2, j), RESENS_D(4, j));
-    input_line(d, t);
-    put_row<Op, 6>(v, plane, t);
-    RESENS_UNROLL for (int j = 0; j < 6; ++j) {
-      const V x = fnma(b2, RESENS_D(2, j), RESENS_D(4, j)), z = fnma(b2, RESENS_D(1, j), RESENS_D(3, j));
-      d[j] = fma(a, z, x);
-      f[j] = fnma(a, z, x);
-    }
-    input_line(d, t);
-    put_row<Op, 6>(v + 6 * plane, plane, t);
-    input_line(f, t);
-    put_row<Op, 6>(v + 12 * plane, plane, t);
-    RESENS_UNROLL for (int j = 0; j < 6; ++j) {
-      const V x = fnma(a2, RESENS_D(2, j), RESENS_D(4, j)), z = fnma(a2, RESENS_D(1, j), RESENS_D(3, j));
-      d[j] = fma(b, z, x);
-      f[j] = fnma(b, z, x);
-    }
-    input_line(d, t);
-    put_row<Op, 6>(v + 18 * plane, plane, t);
-    input_line(f, t);
-    put_row<Op, 6>(v + 24 * plane, plane, t);
-    RESENS_UNROLL for (int j = 0; j < 6; ++j) d[j] = input_end(RESENS_D(1, j), RESENS_D(3, j), RESENS_D(5, j));
-    input_line(d, t);
-    put_row<Op, 6>(v + 30 * plane, plane, t);
+#define RESENS_D(i) load(row[i] + x)
+    const auto ends = [&](int first, int j, int64_t x) RESENS_INLINED { d[j] = input_end(RESENS_D(first), RESENS_D(first + 2), RESENS_D(first + 4)); };
+    const auto points = [&](V point, V square, int j, int64_t x) RESENS_INLINED {
+      const V even = fnma(square, RESENS_D(2), RESENS_D(4)), odd = fnma(square, RESENS_D(1), RESENS_D(3));
+      d[j] = fma(point, odd, even);
+      f[j] = fnma(point, odd, even);
+    };
 #undef RESENS_D
+    const auto run_ends = [&](int first, T* to) RESENS_INLINED {
+      ends(first, 4, 0), ends(first, 5, stride);
+      RESENS_ROLLED for (int64_t x = 0; x < end; x += step, to += stride) {
+        d[0] = d[4], d[1] = d[5];
+        RESENS_UNROLL for (int j = 2; j < 6; ++j) ends(first, j, x + j * stride);
+        input_line(d, t);
+        put_row<Op, 6>(to, plane, t);
+      }
+    };
+    const auto run_points = [&](V point, V square, T* to) RESENS_INLINED {
+      points(point, square, 4, 0), points(point, square, 5, stride);
+      RESENS_ROLLED for (int64_t x = 0; x < end; x += step, to += stride) {
+        d[0] = d[4], d[1] = d[5], f[0] = f[4], f[1] = f[5];
+        RESENS_UNROLL for (int j = 2; j < 6; ++j) points(point, square, j, x + j * stride);
+        input_line(d, t);
+        put_row<Op, 6>(to, plane, t);
+        input_line(f, t);
+        put_row<Op, 6>(to + 6 * plane, plane, t);
+      }
+    };
+    run_ends(0, v);
+    run_points(a, b2, v + 6 * plane);
+    run_points(b, a2, v + 18 * plane);
+    run_ends(1, v + 30 * plane);
   }
 }
 
@@ -85,7 +109,7 @@ RESENS_INLINE void output_tile(const float* m, int64_t plane, float* out, const 
   RESENS_ROLLED for (int c = 0; c < stride; c += W, m += W, out += W, residual += W) {
     V p[6], q[6], y[4];
 #define RESENS_M(i, j) load(m + ((i) * 6 + (j)) * plane)
-    const auto put = [&](int i, const V* line) {
+    const auto put = [&](int i, const V* line) RESENS_INLINED {
       output_line(line, y);
       RESENS_UNROLL for (int j = 0; j < 4; ++j) {
         V v = y[j];
@@ -135,10 +159,11 @@ RESENS_INLINE void output_border_tile(const ConvCall& call, const float* m, int6
   }
 }
 
-// Six rows of one image with the prologue applied: what the windows of a row of tiles read, small enough for L1.
+// Six rows of one image with the prologue applied, small enough for L1: a ring, in which the next row of windows
+// replaces four.
 template <int C>
 struct Strip {
-  float* rows;  // [6][pitch]
+  float* ring;  // [6][pitch]
   int64_t pitch;
   int image = -1, ty = 0;
 
@@ -146,22 +171,19 @@ struct Strip {
     for (int64_t i = 0; i < count; i += W) store(row + i, all(0.0f));
   }
 
-  void fill(const ConvCall& call, int at_image, int at_ty) {
+  Rows rows(const ConvCall& call, int at_image, int at_ty) {
     const int stride = C ? C : call.in_stride;
     const int64_t filled = static_cast<int64_t>(call.width) * stride;
-    int r = 0;
-    if (image < 0) zero(rows, 6 * pitch);  // the borders stay zero
-    if (image == at_image && ty + 1 == at_ty) {
-      for (; r < 2; ++r) {
-        const float* from = rows + (r + 4) * pitch + stride;
-        float* to = rows + r * pitch + stride;
-        for (int64_t i = 0; i < filled; i += W) store(to + i, load(from + i));
-      }
-    }
+    if (image < 0) zero(ring, 6 * pitch);  // the borders stay zero
+    const int known = image == at_image && ty == at_ty ? 6 : image == at_image && ty + 1 == at_ty ? 2 : 0;
     image = at_image, ty = at_ty;
-    for (; r < 6; ++r) {
+    Rows found;
+    for (int r = 0; r < 6; ++r) {
+      float* row = ring + (4 * ty + r) % 6 * pitch;
+      found.row[r] = row;
+      if (r < known) continue;
       const int y = 4 * ty - 1 + r;
-      float* to = rows + r * pitch + stride;
+      float* to = row + stride;
       if (y < 0 || y >= call.height) {
         zero(to, filled);
         continue;
@@ -172,6 +194,7 @@ struct Strip {
         for (int64_t i = c; i < filled; i += stride) store(to + i, relu(fma(scale, load(from + i), shift)));
       }
     }
+    return found;
   }
 };
 
@@ -276,7 +299,7 @@ static void winograd(const ConvCall& call) {
   constexpr bool in_place = CI && CI == CO && CO <= kColumns * W && sizeof(T) == sizeof(float);
   const int64_t plane_m = in_place ? plane_v : static_cast<int64_t>(most) * co + 16;
   Strip<CI> strip = {static_cast<float*>(call.scratch), call.in_pitch};
-  float* start = strip.rows + (call.scale ? 6 * call.in_pitch : 0);
+  float* start = strip.ring + (call.scale ? 6 * call.in_pitch : 0);
   T* v = reinterpret_cast<T*>(start + 36 * co);
   float* m = in_place ? reinterpret_cast<float*>(v) : reinterpret_cast<float*>(v + 36 * plane_v);
 
@@ -293,14 +316,12 @@ static void winograd(const ConvCall& call) {
     const int tiles = total - first < most ? total - first : most;
     int image = first / tiles_of_image, ty = first % tiles_of_image / across, tx = first % across;
     const int image0 = image, ty0 = ty, tx0 = tx;
-    for (int t = 0; t < tiles; ++t) {
-      const float* row = in + image * call.in_image + ty * 4 * call.in_pitch;
-      if (call.scale) {
-        if (strip.image != image || strip.ty != ty) strip.fill(call, image, ty);
-        row = strip.rows;
-      }
-      input_tile<Op, CI>(row + static_cast<int64_t>(tx) * 4 * ci, call.in_pitch, ci, v + static_cast<int64_t>(t) * ci, plane_v);
-      if (++tx == across) tx = 0, ++ty;
+    for (int t = 0; t < tiles;) {
+      const int run = across - tx < tiles - t ? across - tx : tiles - t;
+      const Rows rows = call.scale ? strip.rows(call, image, ty) : rows_at(in + image * call.in_image + ty * 4 * call.in_pitch, call.in_pitch);
+      input_run<Op, CI>(rows, static_cast<int64_t>(tx) * 4 * ci, ci, v + static_cast<int64_t>(t) * ci, plane_v, run);
+      t += run, tx += run;
+      if (tx == across) tx = 0, ++ty;
       if (ty * across == tiles_of_image) ty = 0, ++image;
     }
     for (int e = 0; e < 36; ++e) {
