@@ -195,7 +195,7 @@ def extension_arguments() -> dict[str, Any]:
                 (library.parent / "_build.json").write_text(record)
                 if self.inplace:
                     (ROOT / "resens_fast" / "_build.json").write_text(record)
-            isas = ", ".join(["plain", *self.isas])
+            isas = ", ".join(["portable", *self.isas])
             gpu = f"CUDA {cuda['version']} ({', '.join(self.targets())})" if cuda else f"no CUDA: {why}"
             print(f"resens_fast: built _C with C++ (ISAs: {isas}), {gpu}", flush=True)
 

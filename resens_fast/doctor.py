@@ -98,7 +98,7 @@ def _extension() -> dict[str, Any]:
     )
     facts = {
         "compiled": f"yes, for torch {info['torch']}, by {info['compiler']}",
-        "ISAs": ["plain", *info["isas"]],
+        "ISAs": ["portable", *info["isas"]],
         "CUDA": cuda,
     }
     if extension.stale():

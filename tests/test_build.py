@@ -305,7 +305,7 @@ def test_when_the_cuda_part_does_not_compile_the_rest_is_built(tmp_path: Path) -
     done = build(folder, "build_ext", "--inplace", CUDA_HOME=home, RESENS_FAST_CUDA="")
     assert done.returncode == 0, done.stderr
     assert "*** resens_fast: NO CUDA: its compilation failed" in done.stderr
-    assert "resens_fast: built _C with C++ (ISAs: plain" in done.stdout
+    assert "resens_fast: built _C with C++ (ISAs: portable" in done.stdout
     info, why = extension.check(folder / "resens_fast")
     assert why is None
     assert info is not None

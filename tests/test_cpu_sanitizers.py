@@ -21,9 +21,11 @@ FLAGS = [
     "-fno-sanitize-recover=all",
     f"-I{ROOT / 'csrc'}",
 ]
+_AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISAS = {
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx512": _AVX512,
+    "avx512bf16": [*_AVX512, "-mavx512bf16"],
 }
 
 
@@ -71,7 +73,23 @@ def test_the_portable_kernels_under_sanitizers(tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("isa", ISAS)
 def test_vector_kernels_under_sanitizers(isa: str, tmp_path: Path) -> None:
-    flag = "avx512vl" if isa == "avx512" else isa
+    flag = {"avx512": "avx512vl", "avx512bf16": "avx512_bf16"}.get(isa, isa)
     if flag not in _cpuinfo():
         pytest.skip(f"this processor has no {isa}")
     assert f"{isa}: ok" in _run(tmp_path, [isa], isa)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_portable_kernels_on_aarch64(tmp_path: Path) -> None:
+    compiler, machine = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+    if compiler is None or machine is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64-static")
+    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in (*NAMES, "conv_portable")]
+    sources.append(ROOT / "csrc" / "testing" / "cpu_driver.cpp")
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", f"-I{ROOT / 'csrc'}", "-static", "-pthread"]
+    driver = tmp_path / "driver"
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(driver)], check=True)
+    done = subprocess.run([machine, str(driver)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "portable: ok" in done.stdout
