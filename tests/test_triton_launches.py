@@ -1,0 +1,95 @@
+"""What the Triton engine launches, with kernels that only write down how they were called: no GPU, no interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import resens_fast as rf
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
+CPU = torch.device("cpu")
+
+
+def key(name: str, constants: dict[str, Any], warps: int, stages: int) -> tuple[Any, ...]:
+    return name, tuple(sorted(constants.items())), warps, stages
+
+
+class Recorder:
+    """Stands where a kernel stands."""
+
+    def __init__(self, kernel: Any, seen: set[tuple[Any, ...]]) -> None:
+        self.kernel, self.seen, self.__name__ = kernel, seen, kernel.__name__
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(0 < size < limit for size, limit in zip(grid, (2**31, 2**16, 2**16), strict=False)), grid
+        return self.call
+
+    def call(self, *arguments: Any, **options: Any) -> None:
+        tile = options.pop("num_warps", 4), options.pop("num_stages", 3)
+        assert options.pop("enable_fp_fusion") is True
+        assert self.kernel.arg_names[len(arguments) :] == [n for n in self.kernel.arg_names if n in options]
+        self.seen.add(key(self.__name__, options, *tile))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
+    from triton.runtime import JITFunction
+
+    from resens_fast.kernels import backward, launch
+
+    seen: set[tuple[Any, ...]] = set()
+    for module in (launch, backward):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                monkeypatch.setattr(module, name, Recorder(value, seen))
+    return seen
+
+
+def resnet20(preactivation: bool, option: str) -> rf.ResidualNetwork:
+    return rf.wrap(rf.models.resnet(20, preactivation=preactivation, option=option).eval())
+
+
+def resnet50() -> rf.ResidualNetwork:
+    torchvision = pytest.importorskip("torchvision")
+    return rf.wrap(torchvision.models.resnet50(weights=None).eval(), torch.zeros(1, 3, 224, 224))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: resnet20(True, "projection"), id="pre"),
+        pytest.param(lambda: resnet20(False, "projection"), id="post"),
+        pytest.param(lambda: resnet20(False, "pad"), id="post-pad"),
+        pytest.param(resnet50, id="resnet50", marks=pytest.mark.slow),
+    ],
+)
+def test_every_launch_is_shipped(
+    launched: set[tuple[Any, ...]], make: Callable[[], rf.ResidualNetwork], dtype: torch.dtype
+) -> None:
+    """What is compiled for cards that are not here is what the usual networks will ask for on them."""
+    from resens_fast.engines.triton import TritonEngine
+    from resens_fast.gradient_plan import gradient_plan
+    from resens_fast.kernels import specialisations
+
+    net, engine = make(), TritonEngine()
+    images, labels = torch.zeros(2, *net.input_shape), torch.zeros(2, dtype=torch.int64)
+    executor = engine.prepare(net, rf.plan(net, rf.sweeps.intact(net) + rf.sweeps.single(net)), CPU, dtype)
+    executor.tally(images, labels)
+    executor.logits(images)
+    paths = gradient_plan(net, rf.sweeps.paths(net, [0, 2, len(net.blocks)], samples=2))
+    engine.prepare_gradients(net, paths, CPU, dtype, "first_block").norms(images, labels)
+    shipped = {
+        key(each.kernel.__name__, each.constants, each.tile.warps, each.tile.stages)
+        for each in specialisations.shipped(dtype, 90)
+    }
+    assert {name for name, *_ in launched} >= {
+        "conv", "shortcut", "pool", "classify", "signs", "loss_gradient", "conv_transpose", "shortcut_transpose",
+        "normalise", "square_norms",
+    }  # fmt: skip
+    assert not launched - shipped
