@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -93,3 +93,25 @@ def test_every_launch_is_shipped(
         "normalise", "square_norms",
     }  # fmt: skip
     assert not launched - shipped
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    matmul.fp32_precision = before
+
+
+def test_tf32_only_where_torch_is_told_to(restored: None) -> None:
+    from resens_fast.kernels.launch import precision
+
+    assert precision(torch.float32) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    assert precision(torch.float32) == "tf32"
+    assert precision(torch.bfloat16) == "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = False  # after which torch.get_float32_matmul_precision() raises
+    assert precision(torch.float32) == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert precision(torch.float32) == "tf32"
