@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import resens_fast as rf
+from resens_fast.errors import EngineError
+from tests import triton_cases
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
 CPU = torch.device("cpu")
@@ -115,3 +117,53 @@ def test_tf32_only_where_torch_is_told_to(restored: None) -> None:
     assert precision(torch.float32) == "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     assert precision(torch.float32) == "tf32"
+
+
+def executor(name: str = "post-pad-10-17") -> Any:
+    whole, structure = triton_cases.network(name)
+    sweep = triton_cases.sweep_of(structure)
+    return triton_cases.executor(whole, rf.plan(structure, sweep), torch.float32)
+
+
+def test_no_batch_has_more_elements_than_the_kernels_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resens_fast.kernels import pack
+
+    ready = executor("bottleneck-post-pooled-8-16")
+    assert ready.batch == 256
+    image = ready.prepared.packed.image_elements
+    assert image == 16 * 16 * 16, "the image itself: behind the stem's convolution there are 8 x 8 pixels"
+    monkeypatch.setattr(pack, "NUMBERED", 5 * image + 1)
+    assert executor("bottleneck-post-pooled-8-16").batch == 5
+    monkeypatch.setattr(pack, "NUMBERED", image - 1)
+    with pytest.raises(EngineError, match=r"1 image\(s\) take 4,096 elements .* use smaller images"):
+        executor("bottleneck-post-pooled-8-16")
+
+
+@pytest.mark.parametrize("budget", [2**17, 2**20])
+def test_states_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+    """Buffers times batch, however little there is; scratch areas and pooled states do not grow with the budget."""
+    from resens_fast.engines import triton_memory
+
+    monkeypatch.setattr(triton_memory, "INTERPRETER_BYTES", budget)
+    prepared = executor().prepared
+    memory = prepared.memory
+    assert memory.states.nbytes <= budget
+    assert len(memory.states) >= 2
+    assert sum(area.nbytes for area in memory.scratch) <= triton_memory.SCRATCH_BYTES
+    assert memory.means.nbytes <= triton_memory.SCRATCH_BYTES
+    monkeypatch.setattr(triton_memory, "INTERPRETER_BYTES", 2**10)
+    with pytest.raises(EngineError, match="only 1,024 bytes are free"):
+        executor()
+
+
+def test_a_batch_too_large_to_number_is_refused_by_the_block(
+    launched: set[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resens_fast.kernels import block, pack
+
+    whole, _ = triton_cases.network("post-pad-10-17")
+    x = torch.zeros(3, 7, 9, 16)
+    block.run(whole.blocks[0], x, torch.ones(1))
+    monkeypatch.setattr(pack, "NUMBERED", x.numel() - 1)
+    with pytest.raises(ValueError, match=r"3 image\(s\) take 3,024 elements .* use smaller batches"):
+        block.run(whole.blocks[0], x, torch.ones(1))
