@@ -167,3 +167,39 @@ def test_a_batch_too_large_to_number_is_refused_by_the_block(
     monkeypatch.setattr(pack, "NUMBERED", x.numel() - 1)
     with pytest.raises(ValueError, match=r"3 image\(s\) take 3,024 elements .* use smaller batches"):
         block.run(whole.blocks[0], x, torch.ones(1))
+
+
+def test_full_batches_replay_what_was_captured(launched: set[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece once and in order for each batch: launched the first time, replayed after; never a part of a batch,
+    nor logits, which go elsewhere each time.
+    """
+    monkeypatch.setattr("resens_fast.engines.triton.SEGMENT", 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    ready = executor()
+    prepared, done = ready.prepared, []
+    assert not prepared.captures, "there are no graphs on a CPU"
+    prepared.captures = True
+
+    def piece(index: int) -> Callable[[int], None]:
+        return lambda images: done.append(("launch", index, images))
+
+    class Graph:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def replay(self) -> None:
+            done.append(("replay", self.index, ready.batch))
+
+    def capture(captured: Callable[[int], None]) -> Graph:
+        return Graph([each for _, each in prepared.pieces].index(captured))
+
+    count = len(prepared.pieces)
+    assert count > 2
+    assert sum(share for share, _ in prepared.pieces) == pytest.approx(1)
+    prepared.pieces = [(share, piece(i)) for i, (share, _) in enumerate(prepared.pieces)]
+    monkeypatch.setattr(prepared, "_capture", capture)
+    images, labels = torch.zeros(2 * ready.batch + 3, 3, 7, 9), torch.zeros(2 * ready.batch + 3, dtype=torch.int64)
+    ready.tally(images, labels)
+    ready.logits(images[: ready.batch])
+    runs = [("launch", ready.batch), ("replay", ready.batch), ("launch", 3), ("launch", ready.batch)]
+    assert done == [(how, i, size) for how, size in runs for i in range(count)]
