@@ -1,4 +1,4 @@
-"""Builds, checks and times the CUDA engine on the GPU at hand, in under ten minutes.
+"""Builds, checks and times the CUDA and Triton engines on the GPU at hand, in under ten minutes.
 
     python benchmarks/gpu_check.py --out DIR [--data FILE.npz] [--seconds 560]
 
@@ -245,7 +245,8 @@ def timings(check: Check) -> None:
         sweep = draw(net)
         found = kernels.rate(net, sweep, dtype, 10_000)
         work = FLOPS_PER_BLOCK * found["runs"] / max(1, len(sweep))
-        return check.row(f"{name} (triton)", found["rate"], "images x configurations/s", work)
+        asked = found["asked"] / max(1, len(sweep) * len(net.blocks))
+        return check.row(f"{name} (triton)", found["rate"], "images x configurations/s", work, asked=asked)
 
     def paths() -> str:
         need_gpu()

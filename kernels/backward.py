@@ -172,12 +172,21 @@ def loss_constants(head: Head, closed: bool) -> dict[str, Any]:
     }
 
 
+def signs_constants(channels: int, prologue: bool) -> dict[str, Any]:
+    return {"C": width(channels), "PROLOGUE": prologue, "BLOCK": BLOCK}
+
+
+def walk_constants(elements: int) -> dict[str, Any]:
+    """The constants of `normalise` and `square_norms`, which walk over images of so many stored elements."""
+    return {"ELEMENTS": elements, "BLOCK": 4 * BLOCK}
+
+
 def launch_signs(a: Tensor, bits: Tensor, scale: Tensor | None, shift: Tensor | None, channels: int) -> None:
     """The sign bits int16 [words] of a, whose first 16 * words elements count; behind scale and shift, if given."""
     words = bits.numel()
     signs[(launch.cdiv(words, BLOCK),)](
         a, bits, a if scale is None else scale, a if shift is None else shift, words,
-        C=width(channels), PROLOGUE=scale is not None, BLOCK=BLOCK, **launch.OPTIONS,
+        **signs_constants(channels, scale is not None), **launch.OPTIONS,
     )  # fmt: skip
 
 
@@ -294,7 +303,7 @@ def scale(
     channels, height, columns = packed.groups[each.group].shape.shape_in
     normalise[(each.count * images,)](
         memory.states, trail.exponents, steps.steps, marks, each.first, images, trail.exponents.shape[1],
-        memory.states.stride(0), ELEMENTS=width(channels) * height * columns, BLOCK=4 * BLOCK, **launch.OPTIONS,
+        memory.states.stride(0), **walk_constants(width(channels) * height * columns), **launch.OPTIONS,
     )  # fmt: skip
 
 
@@ -307,7 +316,7 @@ def norms(
     """
     square_norms[(each.count * images,)](
         memory.states, trail.exponents, *found, steps.steps, each.first, images, trail.exponents.shape[1],
-        memory.states.stride(0), ELEMENTS=elements, BLOCK=4 * BLOCK, **launch.OPTIONS,
+        memory.states.stride(0), **walk_constants(elements), **launch.OPTIONS,
     )  # fmt: skip
 
 

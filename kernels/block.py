@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import fused
 from . import backward, launch, tiles
-from .pack import BlockShape, ConvShape, Group, block_shape, conv_weights, vectors, width
+from .pack import BlockShape, ConvShape, Group, block_shape, check_numbered, conv_weights, vectors, width
 
 KINDS = ("identity", "pad", "projection")
 # The parameters of a block as the operators take them: `parameters` makes them, `_block` reads them back.
@@ -84,6 +84,7 @@ def triton_block(x: Tensor, *given: Any) -> list[Tensor]:
     )  # fmt: skip
     gates = given[_GATES].to(device, torch.float32)
     count = len(gates)
+    check_numbered(max(x.numel(), *(len(x) * conv.out_elements for conv in shape.convs)), len(x))
     made = [x.new_empty(len(x), *conv.out, width(conv.n)) for conv in shape.convs]
     table, states = (_steps(count, device), gates), x.view(count, -1)
     source = states

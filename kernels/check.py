@@ -163,7 +163,9 @@ def rate(net: Any, sweep: Any, dtype: torch.dtype, count: int, most: float = 10.
         executor.tally(images, labels)
         done += len(images)
     spent = time.perf_counter() - began
-    return {"rate": done * len(sweep) / spent, "seconds": spent, "runs": made.executed_runs}
+    return {
+        "rate": done * len(sweep) / spent, "seconds": spent, "runs": made.executed_runs, "asked": made.requested_runs
+    }  # fmt: skip
 
 
 def main() -> None:

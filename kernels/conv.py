@@ -29,6 +29,10 @@ once, the intermediate written and read once: 5cb bytes, most of it from L2, for
 bf16 that is 29 multiply-adds a byte, so the first stage is bound by L2 and by the instructions around the products,
 the last by the products.
 
+Why this tiling: 128 pixels by as many channels as fit (tiles.py), because every tile of channels reads its pixels nine
+times anew, while the weights are shared by all tiles. A tile's sums then take at most 64 registers a thread, which
+leaves enough for the operands of the next pass; a pass is at most 128 bytes of a pixel's channels, one cache line.
+
 The result of a pixel does not depend on which pixels share its tile: the order of the products depends on the shapes
 and BLOCK_K alone. So a configuration's states are bitwise the same in any batch and any sweep.
 
@@ -97,7 +101,7 @@ def conv(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = tl.load(steps_ptr + (first + step) * 3).to(tl.int64)
     destination = tl.load(steps_ptr + (first + step) * 3 + 1).to(tl.int64)
-    slot = tl.load(steps_ptr + (first + step) * 3 + 2)
+    slot = tl.load(steps_ptr + (first + step) * 3 + 2).to(tl.int64)
 
     came_from = source if FROM_STATE else step.to(tl.int64)
     acc = product(

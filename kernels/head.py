@@ -10,8 +10,9 @@ What it computes, for each (word, image), in two launches:
               nonfinite  += a logit is not finite
 
 How work maps to programs: `pool` has one program per (step, image) and BLOCK_C channels, and walks over the pixels in
-one fixed order. `classify` has one program per step and 16 images, since 16 is the least tl.dot takes, and walks over
-the classes BLOCK_K at a time, keeping the running maximum and sum of exponentials, so that any number of classes fits.
+one fixed order, 64 at a time: enough reads under way, 64 elements a thread at most. `classify` has one program per
+step and 16 images, since 16 is the least tl.dot takes, and walks over the classes BLOCK_K at a time, keeping the
+running maximum and sum of exponentials, so that any number of classes fits.
 
 Memory traffic: the state is read once; the means are 4C bytes a word and image, and the logits stay in registers
 unless asked for. The sums are integers, so the order in which the programs add them does not matter: a word's counts

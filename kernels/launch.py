@@ -35,8 +35,12 @@ def power_of_two(least: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """TF32 only where torch has been told to use it (`torch.set_float32_matmul_precision`)."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """TF32 only where torch has been told to multiply matrices so, by whichever of its settings.
+
+    `torch.get_float32_matmul_precision` raises once `torch.backends` has been used to set it.
+    """
+    told = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if dtype == torch.float32 and told == "tf32" else "ieee"
 
 
 def shortcut_constants(block: BlockShape | None, shape: ShortcutShape, dtype: torch.dtype) -> dict[str, Any]:

@@ -15,10 +15,12 @@ BLOCK_C channels; it walks over the classes twice, first for the maximum and the
 product, so that any number of classes fits, and then over the pixels. It reads and writes the last state in place if
 the caller likes: an element is read and written by the same program.
 
+Memory traffic: the last state is read and written once for a batch, against a state for each path and level after it.
+
 What `square_norms` computes: for each path and image the sum of the squares of the gradient at the first block's input,
 in fp64, and its exponent. One program for each, in one fixed order; a state is read once.
 
-The naive version is autograd of `cross_entropy(head(x))` in the reference engine.
+The naive version is autograd of `_loss`, and `norms`, in the reference engine.
 """
 
 # mypy: allow-untyped-defs

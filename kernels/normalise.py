@@ -14,8 +14,9 @@ What it computes for each step (source, destination) of a launch and each image,
 danger either. A step is marked by how many steps its path has made before, every 8th (in fp16 each one), so a path is
 scaled the same alone or in company, and by powers of two nothing is rounded.
 
-How work maps to programs: one for each step and image. Where nothing is marked it reads and writes one exponent;
-else the image twice and once back: an eighth of the steps, at less than a quarter of their traffic each.
+How work maps to programs: one for each step and image, which walks over it BLOCK elements at a time. Where nothing is
+marked it reads and writes one exponent; else it reads the image twice and writes it once: an eighth of the steps, at
+less than a quarter of their traffic each.
 
 The naive version is `State.normalised` of the torch engine.
 """

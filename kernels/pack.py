@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 
 from ..fused import Conv, FusedBlock, FusedNetwork
 
+# The kernels number the elements of a batch with int32.
+NUMBERED = 2**31
 KINDS = {None: 0, "identity": 1, "pad": 2, "projection": 3}
 
 
@@ -130,9 +132,20 @@ class Packed:
     head: Head
     state_elements: int
     """The largest state of one image, as it is stored."""
+    image_elements: int
+    """The largest of all that an image becomes on its way, the stem and the insides of blocks included."""
     input_shape: tuple[int, int, int]
     device: torch.device
     dtype: torch.dtype
+
+
+def check_numbered(elements: int, images: int) -> None:
+    """ValueError unless the kernels can number so many elements, those of so many images."""
+    if elements > NUMBERED:
+        raise ValueError(
+            f"{images} image(s) take {elements:,} elements in one place, and the triton engine's kernels number "
+            f"{NUMBERED:,} at most; use {'smaller batches' if images > 1 else 'smaller images or the torch engine'}"
+        )
 
 
 def conv_shape(conv: Conv, height: int, width: int) -> ConvShape:
@@ -188,7 +201,7 @@ def pack(
 ) -> Packed:
     """Group, stack and fill up a lowered network for images of `size` (height, width), by default its own.
 
-    Raises ValueError when a block's branch and shortcut disagree at that size.
+    Raises ValueError when a block's branch and shortcut disagree at that size, or one image is too large to number.
     """
     height, columns = size or network.input_shape[1:]
     stem = []
@@ -220,6 +233,9 @@ def pack(
                 vectors([b.shift for b in blocks], device),
             )
         )
+    inside = [conv.out_elements for shape in members for conv in shape.convs]
+    inside += [max(s.out_elements, width(s.c) * s.height * s.width) for s, _ in stem]
+    check_numbered(max(largest, *inside), 1)
     head = network.head
     weight = pad(head.weight.float().T, (0, 0, 0, width(state[0]) - state[0])).to(device).contiguous()
     return Packed(
@@ -238,6 +254,7 @@ def pack(
             bias=head.bias.float().to(device),
         ),
         largest,
+        max(largest, *inside),
         (network.input_shape[0], *(size or network.input_shape[1:])),
         device,
         dtype,

@@ -16,6 +16,8 @@ along the channels and tl.dot always has a depth of at least 16.
 Memory traffic: each tap reads the tile of pixels again, but nine shifts of a tile overlap almost wholly, and eight of
 the nine reads come from L1. From L2 a tile is read about once, and the weights once per tile.
 
+How work maps to programs, and why in these tiles, say the kernels that call it: conv.py and shortcut.py.
+
 The naive version is torch.nn.functional.conv2d on `relu(scale * a + shift)`, as resens_fast/engines/reference.py calls
 it through the model's own blocks.
 """

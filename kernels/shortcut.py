@@ -9,8 +9,11 @@ What it computes, for a tile of output pixels and channels, in fp32, with v = x 
 
 The last convolution of a block adds it to its own accumulator before it writes, so a shortcut is never written
 anywhere: identity and pad read one tile of the incoming state, and a projection is a second product on top of the
-same accumulator. The kernel `shortcut` is for deleted blocks only (SHORTCUT in the plan); its programs are laid out
-as those of conv.py.
+same accumulator. The kernel `shortcut` is for deleted blocks only (SHORTCUT in the plan).
+
+How work maps to programs, and why in these tiles: as in conv.py, of which it is the end. Memory traffic of a deleted
+block: the pixels that the shortcut reads (with stride 2 a quarter of the state) once for each tile of channels, and the
+new state written once; there is no intermediate image.
 
 The naive version is `Block.skip` in the reference engine.
 """
@@ -135,7 +138,7 @@ def shortcut(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = tl.load(steps_ptr + (first + step) * 3).to(tl.int64)
     destination = tl.load(steps_ptr + (first + step) * 3 + 1).to(tl.int64)
-    slot = tl.load(steps_ptr + (first + step) * 3 + 2)
+    slot = tl.load(steps_ptr + (first + step) * 3 + 2).to(tl.int64)
     acc = add_shortcut(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
         states_ptr + source * state_size,

@@ -96,6 +96,7 @@ def of_block(name: str, shape: BlockShape, dtype: torch.dtype, capability: int) 
     """The convolutions of a block and, if there is more to its shortcut than the identity, its deletion; then all that
     its backward takes.
     """
+    c, h, w = shape.shape_in
     for index, each in enumerate(shape.convs):
         tile = tiles.default(each.n, dtype, capability)
         constants = launch.conv_constants(shape, index, each, dtype)
@@ -116,10 +117,42 @@ def of_block(name: str, shape: BlockShape, dtype: torch.dtype, capability: int) 
         )
         constants = backward.weight_constants(each, index == 0 and shape.prologue, 0, dtype, 128)
         yield Specialisation(f"{name} conv{index + 1} weights", backward.weight_gradient, constants, dtype, PLAIN)
+        if backward.feeding_relu(shape, index):
+            constants = backward.signs_constants(each.c, index == 0)
+            yield Specialisation(f"{name} conv{index + 1} signs", backward.signs, constants, dtype, PLAIN)
     if shape.shortcut.kind != KINDS["identity"] or shape.closing:
-        tile = backward.skip_tile(shape.shape_in[0], dtype)
+        tile = backward.skip_tile(c, dtype)
         constants = backward.skip_constants(shape, dtype) | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         yield Specialisation(f"{name} shortcut transpose", backward.shortcut_transpose, constants, dtype, tile)
+    if shape.closing:
+        yield Specialisation(f"{name} signs", backward.signs, backward.signs_constants(c, False), dtype, PLAIN)
+    yield Specialisation(f"{name} normalise", backward.normalise, backward.walk_constants(c * h * w), dtype, PLAIN)
+
+
+def of_stem(
+    name: str, shape: ConvShape, maxpool: bool, dtype: torch.dtype, capability: int
+) -> Iterator[Specialisation]:
+    """The stem's convolution, and the norms of the gradients that come back to what it (or its maximum pool) gives."""
+    tile = tiles.default(shape.n, dtype, capability)
+    constants = launch.conv_constants(None, 0, shape, dtype) | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    yield Specialisation(f"{name} stem", launch.conv, constants, dtype, tile)
+    constants = backward.walk_constants(shape.out_elements // (4 if maxpool else 1))
+    yield Specialisation(f"{name} square norms", backward.square_norms, constants, dtype, PLAIN)
+
+
+def of_head(
+    name: str, state: tuple[int, int, int], classes: int, pre: bool, dtype: torch.dtype
+) -> Iterator[Specialisation]:
+    """The head behind the last state, counting or giving logits, and where the backward starts."""
+    channels, height, columns = state
+    nothing = torch.empty(0)
+    head = launch.Head(channels, height * columns, classes, pre, pre, nothing, nothing, nothing, nothing)
+    yield Specialisation(f"{name} pool", launch.pool, launch.pool_constants(head), dtype, PLAIN)
+    for logits in (False, True):
+        constants = launch.classify_constants(head, not logits, logits)
+        yield Specialisation(f"{name} {'logits' if logits else 'classify'}", launch.classify, constants, dtype, PLAIN)
+    constants = backward.loss_constants(head, not pre)
+    yield Specialisation(f"{name} loss gradient", backward.loss_gradient, constants, dtype, PLAIN)
 
 
 def usual(dtype: torch.dtype, capability: int) -> Iterator[Specialisation]:
@@ -127,6 +160,8 @@ def usual(dtype: torch.dtype, capability: int) -> Iterator[Specialisation]:
     for pre in (False, True):
         form = "pre" if pre else "post"
         c = 16
+        stem = ConvShape(3, c, 32, 32, 3, 1, 1, not pre)
+        yield from of_stem(form, stem, False, dtype, capability)
         for n, size in ((16, 32), (32, 16), (64, 8)):
             if n != c:
                 for side in ("projection",) if pre else ("projection", "pad"):
@@ -134,7 +169,9 @@ def usual(dtype: torch.dtype, capability: int) -> Iterator[Specialisation]:
                     yield from of_block(f"{form} {c}-{n} {side}", shape, dtype, capability)
             yield from of_block(f"{form} {n}", block((n, size, size), n, 1, pre, False, "identity"), dtype, capability)
             c = n
-        c = 64
+        yield from of_head(form, (c, size, size), 10, pre, dtype)
+        stem = ConvShape(3, c, 224, 224, 7, 2, 3, True)
+        yield from of_stem(f"{form} bottleneck", stem, True, dtype, capability)
         for n, size, stride in ((64, 56, 1), (128, 56, 2), (256, 28, 2), (512, 14, 2)):
             shape = block((c, size, size), n, stride, pre, True, "projection")
             yield from of_block(f"{form} bottleneck {c}-{4 * n}", shape, dtype, capability)
@@ -142,29 +179,13 @@ def usual(dtype: torch.dtype, capability: int) -> Iterator[Specialisation]:
             shape = block((4 * n, small, small), n, 1, pre, True, "identity")
             yield from of_block(f"{form} bottleneck {4 * n}", shape, dtype, capability)
             c = 4 * n
-
-
-def ends(channels: int, pixels: int, classes: int, dtype: torch.dtype) -> Iterator[Specialisation]:
-    """The head of a network, the start and the end of its backward, and the sign bits."""
-    nothing = torch.empty(0)
-    head = launch.Head(channels, pixels, classes, True, True, nothing, nothing, nothing, nothing)
-    constants = launch.pool_constants(head)
-    yield Specialisation(f"pool {channels}", launch.pool, constants, dtype, PLAIN)
-    constants = launch.classify_constants(head, True, False)
-    yield Specialisation(f"classify {classes}", launch.classify, constants, dtype, PLAIN)
-    constants = backward.loss_constants(head, True)
-    yield Specialisation(f"loss gradient {classes}", backward.loss_gradient, constants, dtype, PLAIN)
-    constants = {"C": channels, "PROLOGUE": True, "BLOCK": backward.BLOCK}
-    yield Specialisation(f"signs {channels}", backward.signs, constants, dtype, PLAIN)
-    constants = {"ELEMENTS": channels * pixels, "BLOCK": 4 * backward.BLOCK}
-    yield Specialisation(f"square norms {channels}", backward.square_norms, constants, dtype, PLAIN)
-    yield Specialisation(f"normalise {channels}", backward.normalise, constants, dtype, PLAIN)
+        yield from of_head(f"{form} bottleneck", (c, small, small), 1000, pre, dtype)
 
 
 def shipped(dtype: torch.dtype, capability: int, tf32: bool = False) -> Iterator[Specialisation]:
     """Every specialisation for the usual networks, each once; `tf32` for fp32 products on the tensor cores."""
     seen = set()
-    for each in (*usual(dtype, capability), *ends(64, 64, 10, dtype), *ends(2048, 49, 1000, dtype)):
+    for each in usual(dtype, capability):
         if tf32 and "PRECISION" in each.constants:
             each = replace(each, constants=each.constants | {"PRECISION": "tf32"})
         elif tf32:

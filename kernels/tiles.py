@@ -48,13 +48,14 @@ def _block_n(channels: int, most: int) -> int:
 def default(channels: int, dtype: torch.dtype, capability: int) -> Tile:
     """For `channels` output channels; capability is 80 for sm_80, and so on.
 
-    fp32 without TF32 runs on the ordinary units, where every operand passes through registers: small tiles. From sm_90
-    on a product of 128 pixels by 128 channels is issued by two groups of four warps, before by eight single ones.
+    fp32 without TF32 runs on the ordinary units, where every operand passes through registers: small tiles. On sm_90
+    and sm_100 a product of 128 pixels by 128 channels is issued by two groups of four warps, elsewhere by eight single
+    ones. A fourth stage fits only there: a program of sm_86, sm_89 or sm_120 gets 99 KB of shared memory.
     """
     if dtype == torch.float32:
         return Tile(64, _block_n(channels, 32), 4, 2)
     n = _block_n(channels, 128)
-    stages = 3 if capability < 90 else 4
+    stages = 4 if 90 <= capability < 120 else 3
     return Tile(128, n, 8 if n == 128 else 4, stages)
 
 

@@ -16,16 +16,17 @@ before has already masked. That block's own letter would do it first thing, chos
 but here each element is masked once, and not once for each of the nine taps that read it. (Where some blocks close
 with a ReLU and others do not, a state could be both; the engine refuses such networks.)
 
-How work maps to programs: as in conv.py, the pixels and channels of the convolution's *input* being the tiles. Each
-program gathers: for a tap (i, j), input pixel y was read by output pixel (y + PADDING - i) / STRIDE if that is whole.
-So no two programs write the same element, nothing is added in memory, and sums have one order. With stride 2 three
-of four products are by zeros; that is two blocks of ResNet-110's 54, at twice the time of another block.
+How work maps to programs, and why in these tiles: as in conv.py, the pixels and channels of the convolution's *input*
+being the tiles. Each program gathers: for a tap (i, j), input pixel y was read by output pixel (y + PADDING - i) /
+STRIDE if that is whole. So no two programs write the same element, nothing is added in memory, and sums have one order.
+With stride 2 three of four products are by zeros; that is two blocks of ResNet-110's 54, at twice the time of another
+block.
 
 The weights are those of the forward, read along the other axis: [tap, C, N] as a product of depth N. No second copy
 is kept. Memory traffic per pixel and step of a basic block with c channels of b bytes: the state is read once and
 written once, the intermediate written and read once, 4cb bytes and c/4 of bits, for 18c² multiply-adds.
 
-The naive version is `vjp` of Block.branch and Block.shortcut in the reference engine.
+The naive version is autograd through `_along` in the reference engine.
 """
 
 # mypy: allow-untyped-defs

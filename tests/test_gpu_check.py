@@ -16,6 +16,7 @@ import torch
 import resens_fast as rf
 from benchmarks import gpu_check, gpu_peers, gpu_values
 from benchmarks.gpu_values import Missing
+from resens_fast.kernels import check as kernels
 
 from .cuda_host import ROOT
 
@@ -117,7 +118,12 @@ def test_the_table_on_a_pretended_gpu(check: Any, tmp_path: Path, pretended: Non
             raise RuntimeError("no triton")
         return {"images_per_second": {"eager": 10.0, "compile": 100.0}[peer]}
 
+    def triton_rate(net: Any, sweep: Any, *_: Any) -> dict[str, float]:
+        made = rf.plan(net, sweep)
+        return {"rate": 30.0, "seconds": 1.0, "runs": made.executed_runs, "asked": made.requested_runs}
+
     monkeypatch.setattr(gpu_peers, "peer_rate", rate)
+    monkeypatch.setattr(kernels, "rate", triton_rate)
     monkeypatch.setattr(gpu_peers, "dense_peak", lambda dtype: 7e14)
     gpu_check.timings(check)
     check.finish()
@@ -131,6 +137,8 @@ def test_the_table_on_a_pretended_gpu(check: Any, tmp_path: Path, pretended: Non
     assert row["times_peer"].keys() == {"eager", "compile"}
     assert row["times_peer"]["eager"] == pytest.approx(row["ours"] * row["asked"] / 10)
     assert row["asked"] == pytest.approx(17 / 18, abs=0.02)
+    assert rows["intact (triton)"]["times_peer"] == {"eager": pytest.approx(3.0), "compile": pytest.approx(0.3)}
+    assert rows["all single deletions (triton)"]["asked"] == pytest.approx(row["asked"])
     assert row["model"]["cautious"] < row["model"]["phased"] < row["model"]["bound"]
     assert 0 < row["of_peak"] < 1
     assert "all single deletions" in result["table"]

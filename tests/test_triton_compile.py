@@ -11,10 +11,16 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 # The matrix instruction of each architecture. Small tiles of sm_90 (fewer than 64 rows) take that of sm_80. fp32 has
 # none unless TF32 is asked for.
-INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 # Bytes of shared memory: what leaves room for two programs on a multiprocessor of sm_80 (164 KB), sm_90 and sm_100 (228
-# KB) where a tile is up to 64 channels wide, and for one where it is 128.
-SHARED = {80: {64: 82_944, 128: 131_072}, 90: {64: 113_664, 128: 196_608}, 100: {64: 113_664, 128: 196_608}}
+# KB) where a tile is up to 64 channels wide, and for one where it is 128; all that sm_86 and sm_120 give a program.
+SHARED = {
+    80: {64: 82_944, 128: 131_072},
+    86: {64: 101_376, 128: 101_376},
+    90: {64: 113_664, 128: 196_608},
+    100: {64: 113_664, 128: 196_608},
+    120: {64: 101_376, 128: 101_376},
+}
 # Bytes of spills. ptxas keeps a value or four in memory where that lets one more program onto a multiprocessor: given
 # 128 registers a thread, the same kernels spill nothing. Where it takes more than that itself, nothing may spill.
 TRADED, ENOUGH = 32, 128
@@ -30,23 +36,26 @@ CHOSEN = (
     (80, "bfloat16", "pre bottleneck 512-1024 conv3"),
     (80, "bfloat16", "post 16-32 projection conv1 transpose"),
     (80, "float16", "post 32-64 projection conv2 weights"),
+    (86, "bfloat16", "pre bottleneck 256-512 conv3"),
     (90, "bfloat16", "pre 16-32 projection conv2"),
     (90, "bfloat16", "post 32-64 pad conv2"),
     (90, "bfloat16", "post 32-64 pad shortcut"),
     (90, "bfloat16", "pre 16-32 projection shortcut transpose"),
     (90, "bfloat16", "post 32-64 pad shortcut transpose"),
     (90, "bfloat16", "post 32-64 projection conv2 transpose"),
-    (90, "bfloat16", "pool 64"),
-    (90, "bfloat16", "classify 10"),
-    (90, "bfloat16", "loss gradient 10"),
-    (90, "bfloat16", "signs 64"),
-    (90, "bfloat16", "square norms 64"),
-    (90, "float16", "normalise 64"),
+    (90, "bfloat16", "post bottleneck stem"),
+    (90, "bfloat16", "pre pool"),
+    (90, "bfloat16", "post classify"),
+    (90, "bfloat16", "pre loss gradient"),
+    (90, "bfloat16", "pre 64 conv1 signs"),
+    (90, "bfloat16", "post square norms"),
+    (90, "float16", "post 64 normalise"),
     (90, "float32", "post 64 conv2"),
     (90, "tf32", "post 64 conv2"),
     (100, "bfloat16", "pre 64 conv1"),
     (100, "bfloat16", "post 32-64 projection shortcut transpose"),
     (100, "float16", "pre 64 conv1 transpose"),
+    (120, "bfloat16", "pre bottleneck 256-512 conv3"),
 )
 
 
@@ -92,7 +101,7 @@ def every() -> list[tuple[int, str, str]]:
 
     return [
         (capability, kind, one.name)
-        for capability in INSTRUCTION
+        for capability in s.ARCHITECTURES
         for kind, (dtype, tf32) in TYPES.items()
         for one in s.shipped(dtype, capability, tf32)
     ]

@@ -47,7 +47,7 @@ def test_gradients_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=pytest.mark.slow if c in triton_cases.SLOW else ()) for c in triton_cases.cases()],
+    [pytest.param(c, marks=pytest.mark.slow if triton_cases.slow(c) else ()) for c in triton_cases.cases()],
 )
 def test_interpreted(results: dict[str, triton_cases.Result], case: str) -> None:
     result = results[case]

@@ -253,8 +253,8 @@ def run_plans() -> base.Result:
 def cases() -> dict[str, Any]:
     # Another order of the forward changes only which bits are whose: one network stands for all.
     table: dict[str, Any] = {
-        f"paths-{name}-float32": lambda n=name: run_paths(n, torch.float32, n == "post-pad-10-17")
+        f"paths-{name}-{dtype}": lambda n=name, d=dtype: run_paths(n, base.DTYPES[d], n == "post-pad-10-17")
         for name in base.NETWORKS
+        for dtype in ("float32", "float16")
     }
-    table["paths-pre-projection-17-48-float16"] = lambda: run_paths("pre-projection-17-48", torch.float16)
     return table | {"paths-alone": run_paths_alone, "tiny": run_tiny, "shapes": run_shapes, "plans": run_plans}

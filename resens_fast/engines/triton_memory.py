@@ -64,7 +64,7 @@ class Replay:
         size: tuple[int, int],
         extra: Callable[[Any], int] = lambda packed: 0,
     ) -> None:
-        from ..kernels.pack import pack
+        from ..kernels.pack import NUMBERED, pack
         from ..kernels.schedule import schedule
 
         try:
@@ -75,7 +75,8 @@ class Replay:
         image, beside = packed.state_elements * dtype.itemsize, extra(packed)
         needs = max(2, plan.least_budget) * image + beside
         least, most = BATCH
-        self.batch = min(most, max(least, 1 << (BUFFER_BYTES // image).bit_length() >> 1))
+        wanted = max(least, 1 << (BUFFER_BYTES // image).bit_length() >> 1)
+        self.batch = min(most, wanted, NUMBERED // packed.image_elements)
         while self.batch > 1 and self.batch * needs > budget:
             self.batch //= 2
         if self.batch * needs > budget:
