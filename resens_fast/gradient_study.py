@@ -124,6 +124,7 @@ class GradientStudy(Study):
 
         if self.at != "parameters":
             raise StudyError(f'the gradient was taken at {self.at}; use norm="parameters" to have it block by block')
+        self._warn_incomplete()
         lengths, every = np.unique(self.lengths, return_inverse=True)
         total, images = np.zeros((len(lengths), len(self.structure))), np.zeros(len(lengths))
         for part in self.parts:

@@ -16,6 +16,7 @@ from .engines.several import Devices, devices
 from .errors import EngineError, SweepError
 from .gradient_plan import GradientPlan, gradient_plan
 from .gradient_study import GradientStudy, Norms
+from .hooks import passed_by
 from .images import ImageHash, ImageReader
 from .jobs import Bar, Job, check_dtype, check_network, run
 from .plan import check_sweep
@@ -74,6 +75,7 @@ def input_gradients(
     engine: str = "auto",
     dtype: torch.dtype | None = None,
     device: Devices | None = None,
+    progress: bool = True,
 ) -> torch.Tensor:
     """The gradient along every path of each image's own cross-entropy: [P, B, C, H, W], on the CPU, in the engine's
     precision.
@@ -89,8 +91,8 @@ def input_gradients(
     reader = ImageReader((images, labels), net.structure)
     job.choose(reader.peek())
     given, wanted = reader.take(len(images))
-    with job.executor(given[:1]) as executor:
-        found: torch.Tensor = executor.gradients(given, wanted)
+    with job.executor(given[:1]) as executor, Bar(job.describe(), len(paths), reader, 0, progress) as bar:
+        found: torch.Tensor = executor.gradients(given, wanted, bar.advance(len(given)))
     return found
 
 
@@ -106,14 +108,15 @@ def gate_gradients(
 
     The forward is the configuration's own, not the intact one; at a gate of 0 the branch runs all the same, since the
     gradient is what adding a little of it would change (a closing ReLU passes nothing where its input is exactly 0,
-    which is torch's convention). A block without a gate (a sequential one) has NaN. Runs one configuration after
-    another through torch: any block, any device and any floating-point dtype of 16 bits or more.
+    which is torch's convention). A block without a gate (a sequential one) has NaN, and so has every block of a
+    configuration whose gradient is not finite on one of the images. Runs one configuration after another through
+    torch: any block, any device and any floating-point dtype of 16 bits or more.
     """
     check_network(net)
     check_sweep(net.structure, sweep)
     where = _single(devices(device))[0] if device is not None else net.device
     kind = net.dtype if dtype is None else check_dtype(dtype)
-    if refusal := engines.get("torch").refuses(net, where, kind):
+    if refusal := passed_by(net, fused=False) or engines.get("torch").refuses(net, where, kind):
         raise EngineError(f"gate gradients cannot be computed: {refusal}")
     configurations = list(dict.fromkeys(sweep))
     row_of = {configuration: row for row, configuration in enumerate(configurations)}
@@ -221,9 +224,9 @@ class _Paths:
         """float64 [C, B], or [C, B, blocks] at ``parameters``."""
         return self._all("norms", images, labels, progress)
 
-    def gradients(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def gradients(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         """[C, B, C, H, W] in the engine's precision."""
-        return self._all("gradients", images, labels, None)
+        return self._all("gradients", images, labels, progress)
 
     def _all(self, what: str, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None) -> torch.Tensor:
         found = []

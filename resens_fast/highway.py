@@ -12,6 +12,7 @@ import torch
 
 from .errors import ModelError, WrapError
 from .images import ImageReader
+from .jobs import Bar
 from .network import ResidualNetwork
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _BATCH = 128
 
 
 @torch.no_grad()
-def gates(net: ResidualNetwork, data: Any) -> pd.DataFrame:
+def gates(net: ResidualNetwork, data: Any, progress: bool = True) -> pd.DataFrame:
     """The transform gate t of every highway block over a data set, in eval mode: 0 skips the branch, 1 transforms.
 
     data: what `evaluate` takes; labels are not used.  A row per highway block: block, name, stage, mean and sd over
@@ -41,7 +42,7 @@ def gates(net: ResidualNetwork, data: Any) -> pd.DataFrame:
         )
     per_image: dict[int, list[torch.Tensor]] = {block.index: [] for block in found}  # rows of mean, square, low, high
     reader = ImageReader(data, net.structure)
-    with _eval(net):
+    with _eval(net), Bar(f"gates of {len(found)} blocks", 1, reader, 0, progress) as bar:
         while len(images := reader.take(_BATCH)[0]):
             state = net.stem(images.to(net.device, net.dtype, memory_format=torch.channels_last))
             for block in net.blocks:
@@ -52,6 +53,8 @@ def gates(net: ResidualNetwork, data: Any) -> pd.DataFrame:
                         torch.stack([t.mean(1), t.square().mean(1), t.amin(1), t.amax(1)]).cpu()
                     )
                 state = block.run(state)
+            if advance := bar.advance(len(images)):
+                advance(1.0)
     rows = []
     for block in found:
         mean, square, low, high = torch.cat(per_image[block.index], 1)

@@ -38,14 +38,20 @@ def path_lengths(n: int, title: str = "", note: str = "") -> Figure:
     """The share of all 2^n paths that enter each number of blocks, with the middle 95 % of them shaded."""
     share = paths.distribution(n)
     low, high = _middle(share)
+    many = n > 200  # bars a pixel wide, which take a second for every thousand
     with styled():
         figure = new_figure(7.2, 3.3)
         axes = figure.subplots()
         x = np.arange(n + 1)
         inside = (x >= low) & (x <= high)
         told = f"{100 * share[inside].sum():.1f} % of the paths: {low} to {high} blocks"
-        axes.bar(x[inside], 100 * share[inside], width=0.8, color=BLUE, label=told)
-        axes.bar(x[~inside], 100 * share[~inside], width=0.8, color=SKY, label="the others")
+        if many:
+            axes.fill_between(x, 100 * share, step="mid", color=SKY, lw=0, label="the others")
+            axes.fill_between(x, 100 * share, where=inside, step="mid", color=BLUE, lw=0, label=told)
+            axes.set_ylim(bottom=0)
+        else:
+            axes.bar(x[inside], 100 * share[inside], width=0.8, color=BLUE, label=told)
+            axes.bar(x[~inside], 100 * share[~inside], width=0.8, color=SKY, label="the others")
         axes.set_ylabel("Paths (%)")
         _length_axis(axes, x)
         put_legend(axes)
@@ -71,13 +77,8 @@ def surviving_paths(n: int, deleted: Sequence[int], title: str = "", note: str =
 def norms(study: GradientStudy, title: str = "", note: str = "") -> Figure:
     """Gradient norm against path length on a log axis: every path a dot, their mean, 10th to 90th percentile, slope."""
     table = study.by_length
-    frame = study.frame
-    each = (
-        frame.assign(sum=frame["norm"] * frame["images"])
-        .groupby("path")
-        .agg({"sum": "sum", "images": "sum", "length": "first"})
-    )
-    value, length = (each["sum"] / each["images"]).to_numpy(float), each["length"].to_numpy(int)
+    each = paths.by_path(study)["norm"]
+    value, length = each.to_numpy(float), each.index.get_level_values("length").to_numpy(int)
     jitter = np.random.RandomState(0).uniform(-0.26, 0.26, len(each))
     shown = value > 0
     with styled():
@@ -103,7 +104,7 @@ def norms(study: GradientStudy, title: str = "", note: str = "") -> Figure:
             told = f"exp({line.slope:.3f} × length), r² {line.r2:.3f}"
             axes.plot(x, np.exp(line.intercept + line.slope * x), "--", color=INK, lw=1.1, label=told)
         axes.set_yscale("log")
-        axes.set_ylabel(f"Gradient norm at the {_AT[study.at]}")
+        axes.set_ylabel(f"Gradient norm {_AT[study.at]}")
         _length_axis(axes, x)
         put_legend(axes)
         put_title(figure, title or "Gradient against path length", note)
@@ -122,9 +123,14 @@ def influence(study: GradientStudy, title: str = "", note: str = "", share: floa
         axes = figure.subplots()
         reach = f"{found.low} to {found.high} blocks: {100 * found.carried:.1f} % of the gradient"
         axes.axvspan(found.low - 0.5, found.high + 0.5, color=ORANGE, alpha=0.18, lw=0, label=reach)
-        axes.plot(table["length"], 100 * table["influence"], "-o", ms=3, color=BLUE, label="gradient")
-        every = f"paths ({100 * found.paths:.2g} % of them in that range)"
-        axes.plot(100 * paths.distribution(n), "--", color=GREY, label=every)
+        every, value = paths.every_length(table["length"], table["mean"], n)
+        measured = (every[:, None] == table["length"].to_numpy(int)).any(axis=1)
+        axes.plot(
+            every, 100 * paths.influence(every, value, n), "-o", ms=3, color=BLUE, markevery=measured,
+            label="gradient" + ("" if measured.all() else " (dots: lengths measured, interpolated between them)"),
+        )  # fmt: skip
+        reach = f"paths ({100 * found.paths:.2g} % of them in that range)"
+        axes.plot(100 * paths.distribution(n), "--", color=GREY, label=reach)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("Share of each length (%)")
         _length_axis(axes, np.arange(n + 1))
@@ -148,8 +154,11 @@ def by_block(study: GradientStudy, title: str = "", note: str = "") -> Figure:
         scale = LogNorm(positive.min(), positive.max()) if len(positive) and positive.min() < positive.max() else None
         colours = matplotlib.colormaps["viridis"].with_extremes(bad="white")
         shown = np.where(values > 0, values, np.nan)
-        edges = [_edges(axis.to_numpy(float)) for axis in (grid.columns, grid.index)]
+        # A row for each length that was measured: a length between two of them must not look as if it had been.
+        edges = [np.arange(size + 1) - 0.5 for size in (grid.shape[1], grid.shape[0])]
         mesh = axes.pcolormesh(edges[0], edges[1], shown, norm=scale, cmap=colours, rasterized=True)
+        ticks = np.arange(0, len(grid), -(-len(grid) // 12))
+        axes.set_yticks(ticks, [str(grid.index[tick]) for tick in ticks])
         bar = figure.colorbar(mesh, ax=axes, pad=0.02)
         bar.set_label("Gradient norm over the block's parameters" + (" (white: none)" if (values == 0).any() else ""))
         bar.outline.set_visible(False)  # type: ignore[operator]
@@ -159,7 +168,11 @@ def by_block(study: GradientStudy, title: str = "", note: str = "") -> Figure:
     return figure
 
 
-_AT = {"first_block": "first block's input", "image": "image", "parameters": "blocks' parameters"}
+_AT = {
+    "first_block": "at the first block's input",
+    "image": "at the image",
+    "parameters": "over the blocks' parameters",
+}
 
 
 def draw_gradients(study: GradientStudy, title: str = "", note: str = "") -> dict[str, Figure]:
@@ -184,11 +197,6 @@ def _middle(share: np.ndarray) -> tuple[int, int]:
     """The lengths between which the middle 95 % of the paths lie."""
     sums = np.cumsum(share)
     return int(np.searchsorted(sums, 0.025)), int(np.searchsorted(sums, 0.975))
-
-
-def _edges(centres: np.ndarray) -> np.ndarray:
-    between = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[centres[0] - 0.5], between, [centres[-1] + 0.5]])
 
 
 def _length_axis(axes: Axes, lengths: np.ndarray | pd.Series) -> None:

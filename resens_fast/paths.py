@@ -36,6 +36,8 @@ def log_counts(n: int) -> Floats:
 def fraction(n: int, low: int, high: int) -> float:
     """The fraction of all paths whose length lies in low ... high, both included."""
     n, low, high = _whole(n, "n"), _whole(low, "low"), _whole(high, "high")
+    if low > high:
+        raise SweepError(f"low is {low} and high is {high}: give the shorter length first")
     return sum(_counts(n)[low : high + 1]) / (1 << n)
 
 
@@ -65,6 +67,17 @@ def influence(lengths: ArrayLike, norms: ArrayLike, n: int) -> Floats:
     return np.asarray(shares / shares.sum(), dtype=np.float64)
 
 
+def every_length(lengths: ArrayLike, norms: ArrayLike, n: int) -> tuple[NDArray[np.int64], Floats]:
+    """The mean norms in order of length, with the geometric interpolation for lengths between measured ones."""
+    x, value = _curve(lengths, norms, n)
+    order = np.argsort(x)
+    every = np.arange(x.min(), x.max() + 1)
+    if len(every) == len(x):
+        return every, value[order]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return every, np.nan_to_num(np.exp(np.interp(every, x[order], np.log(value[order]))), nan=0.0)
+
+
 class EffectiveRange(NamedTuple):
     """The lengths low ... high that carry `carried` of the influence, and the fraction `paths` of all paths that are
     as long.
@@ -82,15 +95,9 @@ def effective_range(lengths: ArrayLike, norms: ArrayLike, n: int, share: float =
     Of several that are as short it is the one that carries most. Lengths without a measurement between two measured
     ones take the geometric interpolation of the mean norm; shorter and longer ones count as nothing.
     """
-    if not 0 < share <= 1:
-        raise StudyError(f"share must lie above 0 and not above 1, not {share}")
-    x, value = _curve(lengths, norms, n)
-    every = np.arange(x.min(), x.max() + 1)
-    if len(every) > len(x):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = np.nan_to_num(np.exp(np.interp(every, np.sort(x), np.log(value[np.argsort(x)]))), nan=0.0)
-    else:
-        value = value[np.argsort(x)]
+    if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise StudyError(f"share must lie above 0 and not above 1, not {share!r}")
+    every, value = every_length(lengths, norms, n)
     sums = np.concatenate([[0.0], np.cumsum(influence(every, value, n))])
     wanted = min(share, sums[-1])
     for width in range(1, len(every) + 1):
@@ -131,21 +138,14 @@ def by_length(study: GradientStudy) -> pd.DataFrame:
     """A study of path gradients summarised for each length, shortest first.
 
     Columns: length, paths (how many were measured), mean, sd, low and high (10th and 90th percentile over paths of the
-    norm's mean over images), log_count (of all paths that long) and influence (see there). Paths with no finite norm
-    are left out.
+    norm's mean over images), log_count (of all paths that long) and influence (see there; lengths that were not
+    measured have a share too, that of the norms interpolated between their neighbours, but no row). Paths with no
+    finite norm are left out.
     """
     import pandas as pd
 
-    frame = study.frame
+    mean = by_path(study)["norm"].groupby(level="length")
     n = choosable(study)
-    frame = frame[np.isfinite(frame["norm"])]
-    if not len(frame):
-        raise StudyError("no path has a finite gradient norm; are the images and the network's weights finite?")
-    weight = (frame["images"] - frame["nonfinite"]).to_numpy(float)
-    sums = pd.DataFrame({"path": frame["path"], "length": frame["length"], "images": weight})
-    sums["norm"] = frame["norm"].to_numpy(float) * weight
-    paths = sums.groupby(["length", "path"], sort=True)[["norm", "images"]].sum()
-    mean = (paths["norm"] / paths["images"]).groupby(level="length")
     table = pd.DataFrame(
         {
             "paths": mean.size(),
@@ -156,8 +156,33 @@ def by_length(study: GradientStudy) -> pd.DataFrame:
         }
     ).reset_index()
     table["log_count"] = log_counts(n)[table["length"].to_numpy(int)]
-    table["influence"] = influence(table["length"], table["mean"], n) if (table["mean"] > 0).any() else np.nan
+    if (table["mean"] > 0).any():
+        every, value = every_length(table["length"], table["mean"], n)
+        table["influence"] = influence(every, value, n)[table["length"] - every[0]]
+    else:
+        table["influence"] = np.nan
     return table
+
+
+def by_path(study: GradientStudy) -> pd.DataFrame:
+    """The mean over images of every path's norm: column norm, indexed by length and path. Images without a finite norm
+    are left out, and so are paths that have no other. Raises StudyError when no path is left.
+    """
+    import pandas as pd
+
+    from .gradient_study import GradientStudy
+
+    if not isinstance(study, GradientStudy):
+        raise StudyError(f"a study of path gradients is needed, not {study!r}; resens_fast.path_gradients makes one")
+    frame = study.frame
+    frame = frame[np.isfinite(frame["norm"])]
+    if not len(frame):
+        raise StudyError("no path has a finite gradient norm; are the images and the network's weights finite?")
+    weight = (frame["images"] - frame["nonfinite"]).to_numpy(float)
+    sums = pd.DataFrame({"path": frame["path"], "length": frame["length"], "images": weight})
+    sums["norm"] = frame["norm"].to_numpy(float) * weight
+    paths = sums.groupby(["length", "path"], sort=True)[["norm", "images"]].sum()
+    return pd.DataFrame({"norm": paths["norm"] / paths["images"]})
 
 
 def choosable(study: GradientStudy) -> int:
@@ -180,7 +205,11 @@ def _whole(value: int, name: str) -> int:
 
 
 def _curve(lengths: ArrayLike, norms: ArrayLike, n: int | None) -> tuple[NDArray[np.int64], Floats]:
-    x, value = np.asarray(lengths), np.asarray(norms, dtype=np.float64)
+    n = None if n is None else _whole(n, "n")
+    x, value = np.asarray(lengths), np.asarray(norms)
+    if value.dtype.kind not in "biuf":
+        raise StudyError(f"norms must be numbers, not {value.dtype}")
+    value = value.astype(np.float64)
     if x.ndim != 1 or x.shape != value.shape or not len(x) or x.dtype.kind not in "iu":
         raise StudyError(
             f"lengths and norms must be two rows of one length, whole numbers and numbers, not {x.dtype} "

@@ -151,15 +151,15 @@ def paths(net: Network, lengths: int | Iterable[int] | None = None, samples: int
     blocks, whose gate is 1.
 
     A length that has no more than ``samples`` paths takes every one of them once, so that its mean is exact. lengths:
-    all of them, 0 included, when None. Blocks without a shortcut belong to every path and do not count. Raises
-    SweepError for a length that the network does not have.
+    all of them, 0 included, when None; one that is named twice is drawn once. Blocks without a shortcut belong to
+    every path and do not count. Raises SweepError for a length that the network does not have.
     """
     structure = _structure(net)
     candidates = np.flatnonzero(structure.choosable)
     n = len(candidates)
     if n == 0:
         raise SweepError("no block of this network has a shortcut, so only one path leads through it")
-    ks = _counts(range(n + 1) if lengths is None else lengths, "lengths")
+    ks = list(dict.fromkeys(_counts(range(n + 1) if lengths is None else lengths, "lengths")))
     samples, seed = _positive(samples, "samples"), _seed(seed)
     rows: list[NDArray[np.int64]] = []
     for count in ks:

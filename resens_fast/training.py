@@ -93,15 +93,19 @@ class Accuracy:
 
 @dataclass
 class Trained:
-    """A finished run: its folder, a row per epoch (the columns of metrics.csv), and the error of the last one."""
+    """A finished run: its folder, a row per epoch (the columns of metrics.csv), and what was left at the end."""
 
     out: Path
     history: list[dict[str, float]] = field(default_factory=list)
+    final: Accuracy | None = None
+    """Of the weights in the folder in float32, as the card has it and a lesion finds it; epochs are measured in the
+    dtype of the training.
+    """
 
     @property
     def error(self) -> float:
-        """The share of wrong answers on the test set after the last epoch, 0 to 1."""
-        return self.history[-1]["test_error"]
+        """The share of wrong answers on the test set at the end, 0 to 1."""
+        return self.history[-1]["test_error"] if self.final is None else self.final.error
 
 
 def augment(images: torch.Tensor, crop: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
@@ -248,7 +252,7 @@ def train(
     if depth is not None:
         model.load_state_dict(plain().state_dict())
         model = model.model  # type: ignore[assignment]  # a wrapped network: eager, as those who load it measure
-    final = measure(model, test, progress=progress)
+    final = result.final = measure(model, test, progress=progress)
     known = {
         "train_images": len(learn),
         "test_images": final.images,

@@ -48,6 +48,17 @@ def function(b: Any, x: Tensor) -> Terms:
     return Terms(b.shortcut(x), out, F.relu)
 
 
+def bottleneck_preact(b: Any, x: Tensor) -> Terms:
+    a = F.relu(b.bn1(x))
+    branch = b.conv3(F.relu(b.bn3(b.conv2(F.relu(b.bn2(b.conv1(a)))))))
+    return Terms(b.shortcut(a) if hasattr(b, "shortcut") else x, branch, same)
+
+
+def squeeze(b: Any, x: Tensor) -> Terms:
+    shortcut, branch, closing = post(b, x)
+    return Terms(shortcut, b.excited(branch), closing)
+
+
 def in_place(b: Any, x: Tensor) -> Terms:
     a = F.relu(x)
     return Terms(b.shortcut(a), b.conv2(F.relu(b.bn1(b.conv1(a)))), same)
@@ -142,6 +153,8 @@ STYLES: dict[str, Callable[[], PathNet]] = {
     "raw projection": lambda: _style(styles.RawProjectionBlock, raw, final=True),
     "function": lambda: _style(styles.FunctionBlock, function),
     "bottleneck": lambda: _style(styles.FunctionBottleneck, function),
+    "bottleneck, preact": lambda: _style(styles.PreactBottleneck, bottleneck_preact, final=True),
+    "squeeze": lambda: _style(styles.SqueezeBlock, squeeze),
     "in place": lambda: _style(styles.InPlaceBlock, in_place, final=True),
     **{
         f"highway {form}": lambda form=form: _style(_form(form), highway)

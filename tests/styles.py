@@ -169,6 +169,39 @@ class FunctionBottleneck(nn.Module):
         return nn.ReLU(inplace=True)(self.residual_function(x) + self.shortcut(x))
 
 
+class PreactBottleneck(nn.Module):
+    """Pre-activation bottleneck; the projection reads relu(bn1(x))."""
+
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        m = max(4, o // 4)  # of one or two channels a ReLU may pass nothing at all
+        self.bn1, self.conv1 = nn.BatchNorm2d(i), nn.Conv2d(i, m, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(m), conv3(m, m, stride)
+        self.bn3, self.conv3 = nn.BatchNorm2d(m), nn.Conv2d(m, o, 1, bias=False)
+        if stride != 1 or i != o:
+            self.shortcut = nn.Conv2d(i, o, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.bn1(x))
+        s = self.shortcut(a) if hasattr(self, "shortcut") else x
+        return s + self.conv3(F.relu(self.bn3(self.conv2(F.relu(self.bn2(self.conv1(a)))))))
+
+
+class SqueezeBlock(ProjectedBlock):
+    """A basic block whose branch is scaled channel by channel: squeeze and excitation, recognised as `generic`."""
+
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__(i, o, stride)
+        self.fc1, self.fc2 = nn.Conv2d(o, 4, 1), nn.Conv2d(4, o, 1)
+
+    def excited(self, f: Tensor) -> Tensor:
+        return f * torch.sigmoid(self.fc2(F.relu(self.fc1(f.mean((2, 3), keepdim=True)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(self.excited(f) + (x if self.downsample is None else self.downsample(x)))
+
+
 class InPlaceBlock(nn.Module):
     """Pre-activation by `relu_` on the block's own input: the identity shortcut then reads the activated tensor."""
 

@@ -80,7 +80,8 @@ def assert_close(packed: Packed, x: Tensor, paths: Sequence[Path]) -> None:
     """DESIGN's promise for the gradient of every path: at most four times torch's own error, with a floor. It is what
     Winograd's convolutions cost, 6 eps each, at random: a chosen branch has no shortcut beside it that would dilute it.
 
-    Norms are held to the gradients' error.
+    Measured on 1,920 paths of 0 to 18 convolutions: at most 5.75 eps (64 channels at 8 x 8; 4.5 elsewhere) times the
+    square root, flat in their number, and up to 4.6 times torch's error: a bias would grow with the number itself.
     """
     y = labels(x, packed.net.classes)
     norms, found = packed(x, y, paths)
@@ -94,7 +95,7 @@ def assert_close(packed: Packed, x: Tensor, paths: Sequence[Path]) -> None:
         floor = 6 * 2.0**-23 * (1 + convs) ** 0.5 * float(size.square().mean().sqrt())
         bound = max(4 * float(theirs.square().mean().sqrt()), floor)
         assert float(off.square().mean().sqrt()) <= bound
-        torch.testing.assert_close(norms[p], size, rtol=0, atol=4 * bound)
+        torch.testing.assert_close(norms[p], found[p].double().flatten(1).norm(dim=1), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -319,13 +320,16 @@ def test_weights_are_packed_again_when_something_changes() -> None:
     assert float(((executor(net, sweep).norms(x, y) - truth).abs() / truth).median()) < 2e-6
 
 
-def test_the_fake_function(net: rf.ResidualNetwork) -> None:
+def test_the_operator_is_known_to_tracing_and_has_no_backward(net: rf.ResidualNetwork) -> None:
     call = executor(net, rf.sweeps.paths(net, lengths=[2], samples=3, seed=0))
     for shape in ((), (16, 32, 32)):
         arguments = call.arguments(images(2), torch.tensor([0, 1]), shape, torch.zeros(3, dtype=torch.int64))  # type: ignore[attr-defined]
-        torch.library.opcheck(
-            torch.ops.resens_fast.path_gradients.default, arguments, test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(OPS.path_gradients.default, arguments)
+    given, *others = arguments
+    with pytest.raises(NotImplementedError, match="path_gradients has no backward"):
+        OPS.path_gradients(given.clone().requires_grad_(), *others)
+    with torch.no_grad():
+        assert not OPS.path_gradients(given.clone().requires_grad_(), *others)[1].requires_grad
 
 
 def test_progress_and_ctrl_c(net: rf.ResidualNetwork, monkeypatch: pytest.MonkeyPatch) -> None:

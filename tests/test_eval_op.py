@@ -66,8 +66,14 @@ def test_the_other_operators_keep_to_their_schemas() -> None:
     if has_kernel("cuda"):
         blocks = pack(lower(net), torch.bfloat16).blocks
         calls.append((ops.cuda_program, (instructions, gates, blocks, 2, 16, 1)))
+    calls += [(ops.cpu_isas, ()), (ops.cpu_multiply_adds, (isa, 1))]
     for op, arguments in calls:
-        torch.library.opcheck(op.default, arguments, test_utils="test_schema")
+        kinds = ("test_schema", "test_autograd_registration")
+        torch.library.opcheck(op.default, arguments, test_utils=kinds)
+    # With those that have tests of their own, and one that needs a GPU, they are all there are.
+    others = {"eval", "path_gradients", "cuda_variant", "triton_block", "triton_block_backward"}
+    every = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("resens_fast::")}
+    assert every <= others | {op._qualified_op_name.split("::")[1] for op, _ in calls} | {"cuda_program"}
 
 
 class Recorder(TorchDispatchMode):

@@ -52,6 +52,34 @@ def test_what_cannot_be_is_refused_in_one_sentence() -> None:
         rf.gradient_plan(net, sweeps.from_orders(net, [[0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5]]))
 
 
+def test_hooks_that_gates_would_pass_by_are_refused() -> None:
+    net, (images, labels) = rf.wrap(small_resnet(), torch.zeros(1, 3, 16, 16)), batch()
+    handle = net.model.blocks[1].register_forward_hook(lambda *_: None)  # type: ignore[union-attr, index]
+    with pytest.raises(EngineError, match=r"'blocks\.1' has a forward hook, which no variant"):
+        rf.gate_gradients(net, sweeps.intact(net), (images.float(), labels), progress=False)
+    handle.remove()
+    rf.gate_gradients(net, sweeps.intact(net), (images.float(), labels), progress=False)
+
+
+@pytest.mark.skipif(rf.extension.module() is None, reason=f"no compiled extension: {rf.extension.reason()}")
+def test_auto_takes_an_engine_that_has_the_dtype_and_the_gradient() -> None:
+    def taken(net: rf.ResidualNetwork, dtype: torch.dtype, at: str, size: tuple[int, ...] | None = None) -> str:
+        plans = [rf.gradient_plan(net, sweeps.intact(net))]
+        return rf.engines.choose_for_gradients("auto", net, plans, torch.device("cpu"), dtype, at, size)[0].name
+
+    residual, highway = rf.wrap(rf.models.resnet(8).eval()), rf.wrap(rf.models.highway(8).eval())
+    assert taken(residual, torch.float32, "first_block") == "cpu"
+    assert taken(residual, torch.float32, "first_block", (3, 40, 40)) == "torch"
+    assert taken(highway, torch.float32, "first_block") == "torch"
+    for at in rf.engines.AT:
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            assert taken(residual, dtype, at) == "torch"
+        assert (taken(residual, torch.float32, at) == "cpu") == (at == "first_block")
+    study = rf.path_gradients(residual, (torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)), [1], samples=2,
+                              norm="image", progress=False)  # fmt: skip
+    assert "at first_block, not at image" in study.manifest["engine"]["passed_over"]["cpu"]
+
+
 def test_a_parameter_of_two_blocks_is_refused_block_by_block() -> None:
     model = small_resnet()
     model.blocks[1].conv1.weight = model.blocks[0].conv1.weight  # type: ignore[union-attr, index]

@@ -104,3 +104,15 @@ def test_a_trained_highway_network_is_lesioned_with_t_as_its_gate(tmp_path: Path
     rows = [line.split() for line in shown.stdout.splitlines() if "blocks." in line]
     np.testing.assert_allclose([float(r[3]) for r in rows], highway.gates(net, cut)["mean"], atol=6e-4)
     assert "no highway blocks" in refused("gates", "resnet20-digits", *out)
+
+
+def test_a_bar_tells_the_images(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from resens_fast import jobs
+
+    shares: list[float] = []
+    monkeypatch.setattr(jobs.Bar, "advance", lambda self, count: lambda share: shares.append(share * count))
+    net = rf.wrap(rf.models.highway(8, width=4).eval(), torch.zeros(1, 3, 16, 16))
+    highway.gates(net, images(150))
+    assert shares == [128, 22]
+    highway.gates(net, images(2), progress=False)
+    assert not capsys.readouterr().err

@@ -26,6 +26,8 @@ BLOCKS = {
     "preact-raw": styles.RawProjectionBlock,
     "function": styles.FunctionBlock,
     "bottleneck": styles.FunctionBottleneck,
+    "bottleneck-preact": styles.PreactBottleneck,
+    "squeeze": styles.SqueezeBlock,
     "in-place": styles.InPlaceBlock,
     **{f"highway-{f}": partial(styles.HighwayBlock, form=f) for f in ("sum", "swapped", "carry", "lerp", "delta")},
 }

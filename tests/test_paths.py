@@ -77,6 +77,11 @@ def test_the_whole_share_needs_every_length_that_has_some() -> None:
         (lambda: paths.influence([], [], 5), "two rows of one length"),
         (lambda: paths.effective_range([0, 1], [1, 1], 5, share=0), "share must lie above 0"),
         (lambda: paths.slope([3], [1.0]), "two lengths or more"),
+        (lambda: paths.influence([0, 1], ["a", "b"], 5), "norms must be numbers, not <U1"),
+        (lambda: paths.influence([0, 1], [1, 1], "5"), "n must be a whole number of at least 0, not '5'"),
+        (lambda: paths.effective_range([0, 1], [1, 1], 5, share="all"), "share must lie above 0 and .*, not 'all'"),
+        (lambda: paths.fraction(54, 17, 5), "low is 17 and high is 5: give the shorter length first"),
+        (lambda: paths.by_length(3), "a study of path gradients is needed, not 3"),
     ],
 )
 def test_what_cannot_be(call: object, what: str) -> None:
@@ -100,6 +105,7 @@ def test_sweeps_of_paths() -> None:
     alone = sweeps.paths(net, 4, samples=5)
     assert np.array_equal(alone.gates, sweep.gates[sweep.k == 4][:5])
     assert not np.array_equal(alone.gates, sweeps.paths(net, 4, samples=5, seed=1).gates)
+    assert len(sweeps.paths(net, [4, 2, 4], samples=5)) == 10  # drawn twice it would only look like more paths
     many = sweeps.paths(net, 4, samples=125)
     share = many.gates.mean(axis=0)
     assert abs(share - 4 / 9).max() < 5 * math.sqrt(4 / 9 * 5 / 9 / 125)
@@ -173,6 +179,41 @@ def test_means_are_over_images_then_paths(images: torch.Tensor, labels: torch.Te
     assert first["transitions"].tolist() == entered.sum(axis=1).tolist()
 
 
+def test_lengths_that_were_not_measured(images: torch.Tensor, labels: torch.Tensor) -> None:
+    """They share in the influence, as in the effective range; a figure tells them from those that were."""
+    study = rf.path_gradients(make(), (images[:6], labels[:6]), [1, 4, 6], norm="parameters", progress=False)
+    table = study.by_length
+    every, value = paths.every_length(table["length"], table["mean"], 6)
+    shares = paths.influence(every, value, 6)
+    np.testing.assert_allclose(table["influence"], shares[[0, 3, 5]])
+    assert table["influence"].sum() < 1
+    drawn = path_figures.draw_gradients(study)
+    (line,) = [line for line in drawn["gradient-influence"].axes[0].lines if "measured" in str(line.get_label())]
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), float), 100 * shares)
+    assert np.flatnonzero(line.get_markevery()).tolist() == [0, 3, 5]
+    axes = drawn["gradient-by-block"].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "4", "6"]
+    assert axes.get_ylim() == (-0.5, 2.5)
+
+
+def test_a_dot_is_the_mean_over_finite_images(images: torch.Tensor, labels: torch.Tensor) -> None:
+    broken = images[:6].clone()
+    broken[1] = torch.nan
+    net = make()
+    study = rf.path_gradients(net, (broken, labels[:6]), [2], samples=4, batch=3, progress=False)
+    rest = [0, 2, 3, 4, 5]
+    whole = rf.path_gradients(net, (images[rest], labels[rest]), [2], samples=4, progress=False)
+    (dots,) = [c for c in path_figures.norms(study).axes[0].collections if c.get_label() == "path"]
+    np.testing.assert_allclose(np.asarray(dots.get_offsets())[:, 1], whole.frame["norm"], rtol=1e-5)
+
+
+def test_many_lengths_are_an_area_not_bars() -> None:
+    assert len(path_figures.path_lengths(54).axes[0].patches) == 55
+    figure = path_figures.path_lengths(5000)
+    assert not figure.axes[0].patches
+    assert "95" in figure.legends[0].get_texts()[1].get_text()
+
+
 def test_figures_hold_the_studys_numbers(images: torch.Tensor, labels: torch.Tensor, tmp_path: Path) -> None:
     net = make()
     study = rf.path_gradients(net, (images[:6], labels[:6]), samples=6, norm="parameters", progress=False)
@@ -211,6 +252,11 @@ def test_the_gradients_command_leaves_tables_figures_and_study(nets: Path, tmp_p
     here = ("gradients", f"{nets}:small", "--data", "digits", "--limit-images", 8, "--out", tmp_path / "b")
     assert "not at 'middle'" in refused(*here, "--norm", "middle")
     assert "no path of length 4" in refused(*here, "--lengths", "0:9")
+    some = small(nets, tmp_path / "c", "--lengths", "0,3", command="gradients")
+    assert "2 paths through 3 blocks" in some.output
+    assert "along paths of 0 to 3 blocks (2 lengths measured, interpolated between them) comes from" in some.output
+    one = small(nets, tmp_path / "d", "--lengths", 3, command="gradients")
+    assert "1 path through 3 blocks" in one.output
     assert not (tmp_path / "b").exists()
 
 
@@ -228,4 +274,5 @@ def test_the_paths_command_needs_no_images(nets: Path, tmp_path: Path) -> None: 
     assert "1000 blocks" in call("paths", 1000, "--out", tmp_path / "a").output
     assert "at most five numbers up to 3" in refused("paths", f"{nets}:small", "--out", tmp_path / "b", "--deleted", 4)
     assert "0 blocks" in refused("paths", 0, "--out", tmp_path / "b")
+    assert "100,000 blocks with shortcuts; give 1 to 10,000" in refused("paths", 100_000, "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()

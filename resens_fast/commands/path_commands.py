@@ -78,9 +78,10 @@ def gradients(
     with Job(ctx.ensure_object(State), out, target, How(engine, dtype, device, threads)) as job:
         chosen = sweeps.paths(job.net, ks, samples, seed)
         loaded = job.loaded
+        many = f"{len(chosen):,} path{'s' * (len(chosen) != 1)}"
         print(
-            f"{loaded.name}: {len(chosen):,} paths through {len(job.net.structure)} blocks on {len(loaded.data):,} "
-            f"images of {loaded.data_name}",
+            f"{loaded.name}: {many} through {len(job.net.structure)} blocks on {len(loaded.data):,} images of "
+            f"{loaded.data_name}",
             flush=True,
         )
         study = path_gradients(

@@ -31,7 +31,7 @@ def finish_gradients(study: GradientStudy, name: str, data: str, everything: boo
     for row in cast(Any, table.iloc[::step]).itertuples():
         spread = f"{row.low:.3g} to {row.high:.3g}"
         cells.append([str(row.length), str(row.paths), f"{row.mean:.3g}", spread, f"{100 * row.influence:.3g}"])
-    note = "" if step == 1 else f"every {step}th of {len(table)} lengths (resens show --all)"
+    note = "" if step == 1 else f"one in {step} of {len(table)} lengths (resens show --all)"
     columns = ["length", "paths", "mean norm", "10th to 90th percentile", "share of the gradient, %"]
     print_table("Gradient norm by path length", columns, cells, note)
     positive = table[table["mean"] > 0]
@@ -40,7 +40,11 @@ def finish_gradients(study: GradientStudy, name: str, data: str, everything: boo
         print(f"log norm falls by {-line.slope:.3f} per block entered (r² {line.r2:.3f})")
     if len(positive):
         found = paths.effective_range(table["length"], table["mean"], n)
-        of = "the gradient" if len(table) == n + 1 else f"what the {len(table)} lengths measured carry"
+        of, low, high = "the gradient", table["length"].min(), table["length"].max()
+        if len(table) < n + 1:
+            of += f" along paths of {low} to {high} blocks"
+        if len(table) < high - low + 1:
+            of += f" ({len(table)} lengths measured, interpolated between them)"
         print(
             f"{100 * found.carried:.1f} % of {of} comes from paths of {found.low} to {found.high} of {n} "
             f"blocks, {100 * found.paths:.3g} % of all paths"
@@ -57,8 +61,8 @@ def report_paths(model: str, out: Path, deleted: list[int] | None, image_size: t
     if out.exists() and not out.is_dir():
         raise StudyError(f"{out} is a file; give --out a folder for the figures")
     n = int(model) if model.isdecimal() else _choosable(model, image_size)
-    if not 1 <= n <= 100_000:
-        raise SweepError(f"a network of {n} blocks with shortcuts has no paths to draw; give one of 1 to 100,000")
+    if not 1 <= n <= 10_000:
+        raise SweepError(f"cannot draw the paths of a network with {n:,} blocks with shortcuts; give 1 to 10,000")
     if deleted is None:
         deleted = [count for count in (1, 5, 10, 20) if count <= n]
     if len(deleted) > 5 or max(deleted) > n:

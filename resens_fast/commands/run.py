@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RUN = "run.json"
 RESULTS = "results.parquet"
+MANIFEST = "manifest.json"  # there from a study's first part on
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None and not self.out.is_dir():
             self.state.resume = ""
+        if kind is KeyboardInterrupt and not self._existed and (self.out / MANIFEST).is_file():
+            with suppress(OSError):
+                self.note()  # for `resens show` of what is there
         if kind is None or self._existed or not self.out.is_dir():
             return
         if all(entry.name == ".lock" for entry in self.out.iterdir()):

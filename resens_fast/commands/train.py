@@ -63,7 +63,6 @@ def train(
         seed=options.seed,
     )
     images: Any = datasets.open(data, train=True, limit=limit)
-    test: Any = datasets.open(data, train=False, card={"mean": images.mean.flatten(), "std": images.std.flatten()})
     if data.startswith("folder:") and not (Path(data.removeprefix("folder:")).expanduser() / "test").is_dir():
         print(f"{data} has no folders train and test: the test error will be that of the training images", flush=True)
     card = architecture.describe(model, len(images.classes), images[0][0].shape[0])
@@ -72,6 +71,8 @@ def train(
     check_channels(network, images, model)
     if depth is not None:
         network = wrap(network, images[0][0][None])
+    # After the network: thousands of images are decoded only for a network that there is.
+    test: Any = datasets.open(data, train=False, card={"mean": images.mean.flatten(), "std": images.std.flatten()})
     state.out = str(out)
     if resume and not (out / "checkpoint.pt").exists():
         print(f"nothing to resume in {out}: the run begins", flush=True)

@@ -100,25 +100,34 @@ def interruptible(call: Callable[[], Any], control: torch.Tensor, progress: Prog
     """The result of `call`, made in a thread of its own, so that Ctrl-C and progress reach Python meanwhile."""
     result: list[Any] = []
     error: list[BaseException] = []
+    # Not Thread.join: when Ctrl-C interrupts it, Python 3.11 takes the thread for ended while it still runs, and a
+    # process that exits then aborts.
+    done = threading.Event()
 
     def work() -> None:
         try:
             result.append(call())
         except BaseException as caught:
             error.append(caught)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=work, name="resens_fast.eval")
-    thread.start()
     told = 0.0
     try:
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-            if progress and thread.is_alive():
+        thread.start()
+    except BaseException:
+        control[0] = 1  # it may have started; nobody waits for what it has not begun
+        raise
+    try:
+        while not done.wait(_POLL_SECONDS):
+            if progress:
                 share = int(control[1]) / max(1, int(control[2]))
                 progress(share - told)
                 told = share
     except BaseException:
         control[0] = 1
+        done.wait()
         thread.join()
         raise
     if error:

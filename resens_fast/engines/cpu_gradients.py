@@ -14,6 +14,7 @@ import torch
 
 from .base import GradientExecutor, Progress
 from .cpu import chosen_isa, image_seconds, images_per_call, interruptible
+from .ops import refuse_backward
 from .packed import packed
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def _register_fake() -> None:
+def _register() -> None:
+    refuse_backward("path_gradients")
+
     @torch.library.register_fake("resens_fast::path_gradients")
     def _(
         images: torch.Tensor,
@@ -48,7 +51,7 @@ class CpuGradients(GradientExecutor):
     """``tile`` images at a time (0: chosen)."""
 
     def __init__(self, net: ResidualNetwork, plan: GradientPlan) -> None:
-        _register_fake()
+        _register()
         weights = packed(net)
         assert weights.fused is not None
         tape = plan.tape()

@@ -1,9 +1,10 @@
-"""The operator resens_fast::eval, one for all devices (csrc/ops.cpp): whether it is there, and its fake function."""
+"""What the C++ operators need beside their kernels: resens_fast::eval's fake function, and that none has a backward."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,34 @@ def has_kernel(device_type: str) -> bool:
 @functools.cache
 def _register_fake() -> None:
     torch.library.register_fake("resens_fast::eval", _eval)
+    refuse_backward("eval")
+
+
+@functools.cache
+def _library() -> torch.library.Library:
+    return torch.library.Library("resens_fast", "FRAGMENT")  # kernels live as long as it does
+
+
+def refuse_backward(name: str) -> None:
+    """Let an operator raise where a gradient through it is asked for.
+
+    Without this PyTorch warns at most, and the backward leaves no gradient.
+    """
+    operator = getattr(torch.ops.resens_fast, name).default
+
+    def kernel(*arguments: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            for given in (*arguments, *options.values()):
+                for value in given if isinstance(given, (list, tuple)) else (given,):
+                    if isinstance(value, Tensor) and value.requires_grad:
+                        raise NotImplementedError(
+                            f"resens_fast::{name} has no backward, and one of its arguments requires a gradient: "
+                            "detach it, or use net(images, configuration), which is differentiable"
+                        )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments, **options)
+
+    _library().impl(name, kernel, "Autograd")
 
 
 def _eval(
