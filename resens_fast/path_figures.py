@@ -127,7 +127,7 @@ def influence(study: GradientStudy, title: str = "", note: str = "", share: floa
         measured = (every[:, None] == table["length"].to_numpy(int)).any(axis=1)
         axes.plot(
             every, 100 * paths.influence(every, value, n), "-o", ms=3, color=BLUE, markevery=measured,
-            label="gradient" + ("" if measured.all() else " (dots: lengths measured, interpolated between them)"),
+            label="gradient" + ("" if measured.all() else " (dots: measured)"),
         )  # fmt: skip
         reach = f"paths ({100 * found.paths:.2g} % of them in that range)"
         axes.plot(100 * paths.distribution(n), "--", color=GREY, label=reach)

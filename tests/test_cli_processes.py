@@ -87,6 +87,8 @@ def test_a_stopped_process_is_resumed_by_the_same_command(nets: Path, tmp_path: 
     unfinished = call("show", out)
     assert unfinished.exit_code == 0
     assert "resens: the study is not finished" in unfinished.stderr
+    if how == signal.SIGINT:  # after a kill there is no note of what was run
+        assert "factories_for_cli.py:small on digits (test): " in unfinished.stdout
     again = small(nets, out, "--engine", "torch", limit=400)
     assert again.exit_code == 0, again.output
     assert {p: p.read_bytes() for p in kept} == kept, "a finished part was computed again"

@@ -163,6 +163,9 @@ def test_bfloat16_autocast_trains(sets, tmp_path):
     )
     assert json.loads((tmp_path / "card.json").read_text())["recipe"]["dtype"] == "bfloat16"
     assert result.history[0]["train_loss"] < 3
+    # What is reported is what the weights answer in float32, as a lesion does; the epoch was measured in bfloat16.
+    assert result.final is not None
+    assert result.error == json.loads((tmp_path / "card.json").read_text())["error"] == result.final.error
     assert best_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
