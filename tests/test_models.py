@@ -11,7 +11,15 @@ from resens_fast.errors import ModelError
 from resens_fast.models import highway, resnet, vgg, zoo
 from resens_fast.training import measure
 
-SHIPPED = ("resnet110-cifar10", "resnet20-digits", "resnet56-sampled-cifar10", "vgg15-cifar10")
+SHIPPED = (
+    "highway32-cifar10",
+    "resnet110-cifar10",
+    "resnet20-digits",
+    "resnet56-cifar10",
+    "resnet56-sampled-cifar10",
+    "resnet56-stochastic-cifar10",
+    "vgg15-cifar10",
+)
 
 
 def layers(model):
@@ -148,9 +156,12 @@ def test_digits_network_reaches_the_error_on_its_card():
 @pytest.mark.parametrize(
     ("name", "kind", "count", "transitions"),
     [
+        ("highway32-cifar10", "highway", 15, [5, 10]),
         ("resnet110-cifar10", "basic_preact", 54, [18, 36]),
         ("resnet20-digits", "basic_preact", 9, [3, 6]),
+        ("resnet56-cifar10", "basic_preact", 27, [9, 18]),
         ("resnet56-sampled-cifar10", "basic_preact", 27, [9, 18]),
+        ("resnet56-stochastic-cifar10", "basic_preact", 27, [9, 18]),
         ("vgg15-cifar10", "plain", 12, [0, 2, 5, 8]),
     ],
 )
