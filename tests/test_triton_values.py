@@ -45,10 +45,7 @@ def test_gradients_are_refused_by_name() -> None:
     assert "blocks 0 (0.0) and 3 (1.1)" in str(refusal(mixed, "first_block"))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=pytest.mark.slow if triton_cases.slow(c) else ()) for c in triton_cases.cases()],
-)
+@pytest.mark.parametrize("case", triton_cases.cases())
 def test_interpreted(results: dict[str, triton_cases.Result], case: str) -> None:
     result = results[case]
     assert "failure" not in result, result["failure"]

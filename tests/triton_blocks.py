@@ -177,19 +177,6 @@ def run_package() -> base.Result:
     return {"error": base.rms(ours.double() - right), "bound": 1e-5 * base.rms(right)}
 
 
-# One of each kind of block in `make test`, the others only in `make test-all`.
-CHOSEN = {
-    "block-post-projection-16-32-64-transition-float32",
-    "block-post-pad-10-17-identity-float32",
-    "block-post-pooled-pad-3-10-transition-float32",
-    "block-pre-activated-16-32-64-transition-float32",
-    "block-pre-projection-17-48-transition-float16",
-    "block-pre-projection-17-48-identity-float32",
-    "block-bottleneck-post-pooled-8-16-transition-float32",
-    "block-bottleneck-pre-activated-10-20-transition-float16",
-}
-
-
 def cases() -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name in base.NETWORKS:

@@ -332,24 +332,6 @@ def cases() -> dict[str, Any]:
     return table | triton_gradients.cases() | triton_blocks.cases()
 
 
-def slow(name: str) -> bool:
-    """What other cases cover too, in smaller networks or the other type; among these are the longest."""
-    from tests import triton_blocks
-
-    if name.startswith("block-"):
-        return name not in triton_blocks.CHOSEN
-    if name.startswith("paths-") and name.endswith("-float16"):
-        return name != "paths-pre-projection-17-48-float16"
-    return name in {
-        "post-projection-16-32-64-float32",
-        "pre-activated-16-32-64-float32",
-        "pre-activated-16-32-64-float16",
-        "pre-projection-17-48-float32",
-        "paths-post-projection-16-32-64-float32",
-        "paths-pre-activated-16-32-64-float32",
-    }
-
-
 def without_overflow_checks() -> None:
     """The interpreter checks every addition of two integers for overflow, which takes half of its time."""
     import dataclasses

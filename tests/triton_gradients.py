@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from resens_fast import fused
 from resens_fast.gradient_plan import GradientPlan, gradient_plan
@@ -63,22 +64,83 @@ def along(block: fused.FusedBlock, gate: float, x: torch.Tensor) -> torch.Tensor
     return y.relu() if block.closing_relu else y
 
 
+class Relus(TorchFunctionMode):
+    """Writes down what every ReLU gives. Given the outputs of another forward's, it lets through what those did."""
+
+    def __init__(self, others: list[torch.Tensor] | None) -> None:
+        super().__init__()
+        self.others, self.outputs = others, list[torch.Tensor]()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is not torch.Tensor.relu:
+            return result
+        if self.others is not None:
+            result = args[0] * (self.others[len(self.outputs)] > 0)
+        self.outputs.append(result.detach().double())
+        return result
+
+
 def truth(
-    whole: fused.FusedNetwork, paths: Sweep, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Gradients [P, B, C, H, W] at the input of the first block by autograd in that type, path by path, in float64."""
+    whole: fused.FusedNetwork, paths: Sweep, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype,
+    others: list[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Gradients [P, B, C, H, W] at the input of the first block by autograd in that type, path by path, in float64;
+    and what the ReLUs behind the stem gave. `others`: as in `Relus`.
+    """  # fmt: skip
     typed, rows = fused.convert(whole, dtype), []
     for path in paths:
         start = state = typed.stem(images.to(dtype)).requires_grad_()
-        for j in path.order:
-            state = along(typed.blocks[j], path.gates[j], state)
-        loss = F.cross_entropy(typed.head(state), labels, reduction="sum")
+        with Relus(others) as relus:
+            for j in path.order:
+                state = along(typed.blocks[j], path.gates[j], state)
+            loss = F.cross_entropy(typed.head(state), labels, reduction="sum")
         rows.append(torch.autograd.grad(loss, start)[0].double())
-    return torch.stack(rows)
+    return torch.stack(rows), relus.outputs
+
+
+def relus_of(ready: Any, images: torch.Tensor) -> list[torch.Tensor]:
+    """What the ReLUs behind the stem give in the kernels' own forward, or what is as positive, in float64."""
+    from resens_fast.kernels import launch
+    from resens_fast.kernels.pack import width
+
+    packed, memory, trail = ready.prepared.packed, ready.prepared.memory, ready.prepared.trail
+
+    def view(area: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        channels, height, columns = shape
+        used = area[: len(images) * height * columns * width(channels)]
+        return used.view(len(images), height, columns, -1)[..., :channels].permute(0, 3, 1, 2).double()
+
+    def activated(state: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        channels = state.shape[1]
+        return (fused._channels(scale[:channels]) * state + fused._channels(shift[:channels])).relu()
+
+    launch.stem(packed, memory, images)
+    found, launches = [], trail.forward.launches
+    for block, each in zip(trail.order, launches, strict=False):
+        number, slot = packed.slot_of[block]
+        group = packed.groups[number]
+        shape = group.shape
+        if shape.prologue:
+            state = view(memory.states[each.first % 2], shape.shape_in)
+            found.append(activated(state, group.scale[slot], group.shift[slot]))
+        launch.run(packed, memory, trail.forward, group, each.first, 1, len(images))
+        found += [view(memory.scratch[i % 2], (c.n, *c.out)) for i, c in enumerate(shape.convs[:-1])]
+        if shape.closing:
+            found.append(view(memory.states[(each.first + 1) % 2], shape.shape_out))
+    if packed.head.relu:
+        last = view(memory.states[len(trail.order) % 2], shape.shape_out)
+        found.append(activated(last, packed.head.scale, packed.head.shift))
+    return found
 
 
 def run_paths(name: str, dtype: torch.dtype, reordered: bool = False) -> base.Result:
-    """Gradients and norms along paths; the bound is four times what autograd loses in the same type."""
+    """Gradients and norms along paths; the bound is twice what one rounding for each convolution adds up to.
+
+    An input of a ReLU that is all but zero may be rounded to the other side of it, and every gradient through it is
+    another one. So what the ReLUs give is compared with float64 first, with four times PyTorch's own error as bound,
+    and then the gradients that they lead to.
+    """
     from resens_fast.engines.triton_gradients import TritonGradientExecutor
 
     whole, structure = base.network(name)
@@ -87,13 +149,15 @@ def run_paths(name: str, dtype: torch.dtype, reordered: bool = False) -> base.Re
     g = torch.Generator().manual_seed(11)
     images = torch.randn(2, *whole.input_shape, generator=g)
     labels = torch.randint(0, whole.classes, (2,), generator=g)
-    exact = truth(whole, paths, images, labels, torch.float64)
-    size = exact.square().mean((1, 2, 3, 4), keepdim=True).sqrt()  # paths differ by orders of magnitude
-    lost = truth(whole, paths, images, labels, dtype) - exact
-    bound = 4 * base.rms(lost / size) + 4 * torch.finfo(dtype).eps
-    if dtype == torch.float16:
-        bound = min(bound, 0.01)  # a ReLU on the other side of zero in autograd's forward widens it a lot
     ready = TritonGradientExecutor(whole, made, torch.device("cpu"), dtype)
+    relus = relus_of(ready, images)
+    right, eager = (truth(whole, paths[:1], images, labels, each)[1] for each in (torch.float64, dtype))
+    for i, (ours, theirs, exact) in enumerate(zip(relus, eager, right, strict=True)):
+        if base.rms(ours - exact) > 4 * base.rms(theirs - exact) + 4 * torch.finfo(dtype).eps * base.rms(exact):
+            return {"failure": f"ReLU {i} is off by {base.rms(ours - exact)}"}
+    exact = truth(whole, paths, images, labels, torch.float64, relus)[0]
+    size = exact.square().mean((1, 2, 3, 4), keepdim=True).sqrt()  # paths differ by orders of magnitude
+    bound = 2 * torch.finfo(dtype).eps * (1 + sum(len(b.convs) for b in whole.blocks)) ** 0.5
     found = ready.gradients(images, labels)[torch.from_numpy(made.word_of)].double()
     done: list[float] = []
     norms = ready.norms(images, labels, done.append)[torch.from_numpy(made.word_of)]
@@ -147,7 +211,7 @@ def run_tiny() -> base.Result:
     images = torch.randn(1, *whole.input_shape, generator=torch.Generator().manual_seed(14))
     labels = torch.tensor([0])
     made, worst = planned(whole, structure, paths), 0.0
-    exact = truth(whole, paths, images, labels, torch.float64).flatten(2).norm(dim=2)
+    exact = truth(whole, paths, images, labels, torch.float64)[0].flatten(2).norm(dim=2)
     if not 0 < float(exact.min()) < 1e-100:
         return {"failure": f"the norms are {exact.flatten().tolist()}"}
     for dtype, allowed in ((torch.float32, 1e-4), (torch.float16, 0.1)):
@@ -242,7 +306,7 @@ def run_plans() -> base.Result:
         back = planned(whole, structure, paths)
         ready = TritonGradientExecutor(whole, back, torch.device("cpu"), torch.float32)
         gradients = ready.gradients(images, labels)[torch.from_numpy(back.word_of)].double()
-        right = truth(whole, paths, images, labels, torch.float64)
+        right = truth(whole, paths, images, labels, torch.float64)[0]
         worst = max(worst, base.rms(gradients - right) / base.rms(right))
         assert worst < 1e-5, f"an error of {worst}"
 
