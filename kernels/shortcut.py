@@ -70,9 +70,11 @@ def add_shortcut(
     elif SHORTCUT == PAD:
         k = n - S_BEFORE
         here = (k >= 0) & (k < X_C)
-        # The channels that have no counterpart read channel 0 of their pixel and are masked after.
+        # Channels that have no counterpart read others of their pixel, in one piece with their neighbours, and are
+        # masked after. The first term is a multiple of X_C, so that nothing is negative.
+        read = ((S_BEFORE + X_C - 1) // X_C * X_C + k) % X_C
         v = read_pooled(
-            x_ptr, scale_ptr, shift_ptr, image, y * S_STRIDE, x * S_STRIDE, inside, tl.where(here, k, 0),
+            x_ptr, scale_ptr, shift_ptr, image, y * S_STRIDE, x * S_STRIDE, inside, read,
             X_C, X_H, X_W, S_PROLOGUE, S_POOL,
         )  # fmt: skip
         acc += tl.where(here[None, :], v.to(tl.float32), 0.0)

@@ -7,6 +7,7 @@ prints registers, spills, shared memory and the matrix instructions they use.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -71,6 +72,8 @@ class Resources:
     """bytes of local memory for each thread"""
     shared: int
     """bytes of shared memory for each program"""
+    single_reads: int
+    """how often a 16-bit number is read from global memory alone, and not in one piece with its neighbours"""
     instructions: tuple[str, ...]
     """mma.sync, wgmma, tcgen05: those that occur"""
 
@@ -209,8 +212,11 @@ def compile_for(each: Specialisation, capability: int) -> Resources:
         file.flush()
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     usage = dict(word.split(":") for word in report.split() if word.startswith(("REG:", "STACK:", "LOCAL:")))
-    found = tuple(name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in compiled.asm["ptx"])
-    return Resources(int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), compiled.metadata.shared, found)
+    ptx = compiled.asm["ptx"]
+    found = tuple(name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx)
+    spills = int(usage["STACK"]) + int(usage["LOCAL"])
+    single = len(re.findall(r"ld\.global\S*\.[bu]16", ptx))
+    return Resources(int(usage["REG"]), spills, compiled.metadata.shared, single, found)
 
 
 def main() -> None:

@@ -203,12 +203,12 @@ def shortcut_transpose(
             image, y, x, pooled, c, C, N, HEIGHT, WIDTH, KERNEL, STRIDE, PADDING, BLOCK_K, PRECISION,
         )  # fmt: skip
     elif SHORTCUT == IDENTITY:
-        # Channels beyond C, which are not stored, read others; a mask would break the reads into single numbers.
+        # Here and below channels beyond C, which are not stored, read others; a mask would break the reads into single
+        # numbers.
         acc = read_output(g_ptr, image, y, x, pooled, c % C, N, HEIGHT, WIDTH, 1).to(tl.float32)
     else:
         tl.static_assert(SHORTCUT == PAD)
-        k = tl.where(c + BEFORE < N, c + BEFORE, 0)  # those beyond N are not stored either
-        acc = read_output(g_ptr, image, y, x, pooled, k, N, HEIGHT, WIDTH, STRIDE).to(tl.float32)
+        acc = read_output(g_ptr, image, y, x, pooled, (c + BEFORE) % N, N, HEIGHT, WIDTH, STRIDE).to(tl.float32)
     if POOL > 1:
         acc *= 1.0 / (POOL * POOL)
     if PROLOGUE:

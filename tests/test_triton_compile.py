@@ -68,6 +68,8 @@ def check(name: str, capability: int, kind: str) -> None:
     assert found.spills <= (TRADED if found.registers <= ENOUGH else 0)
     assert found.registers <= 255
     assert found.shared <= SHARED[capability][128 if each.tile.block_n == 128 else 64]
+    # The words of sign bits are all that is read one by one.
+    assert found.single_reads == 0 or "transpose" in name
     if "PRECISION" not in each.constants or (each.constants.get("SHORTCUT") in (1, 2) and "conv" not in name):
         return  # nothing is multiplied
     if kind == "float32":
