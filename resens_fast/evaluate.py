@@ -57,18 +57,24 @@ def logits(
     engine: str = "auto",
     dtype: torch.dtype | None = None,
     device: Devices | None = None,
+    progress: bool = True,
 ) -> torch.Tensor:
     """Logits [C, B, classes] of every configuration on images [B, C, H, W], on the CPU, in the engine's precision.
 
-    Raises what `evaluate` raises. Memory is C × B × classes numbers; for errors and losses alone use `evaluate`.
+    They carry no gradient; `net(images, configuration)` and `net(images, mask=...)` do. Memory is C × B × classes
+    numbers; for errors and losses alone use `evaluate`, whose errors this raises too.
     """
     job = _Evaluation(net, sweep, engine, dtype, device)
     images = tensor(images, "images")
     check_images(images, net.structure)
     job.choose(images)
-    with job.executor(images[:1]) as executor:
+    with (
+        job.executor(images[:1]) as executor,
+        Bar(job.describe(), len(sweep), len(images), 0, progress) as bar,
+    ):
         starts = range(0, max(1, len(images)), executor.batch)
-        rows = torch.cat([executor.logits(images[start : start + executor.batch]) for start in starts], dim=1)
+        parts = [images[start : start + executor.batch] for start in starts]
+        rows = torch.cat([executor.logits(part, bar.advance(len(part))) for part in parts], dim=1)
     return rows[torch.from_numpy(job.plan.word_of)]
 
 

@@ -91,7 +91,7 @@ def input_gradients(
     reader = ImageReader((images, labels), net.structure)
     job.choose(reader.peek())
     given, wanted = reader.take(len(images))
-    with job.executor(given[:1]) as executor, Bar(job.describe(), len(paths), reader, 0, progress) as bar:
+    with job.executor(given[:1]) as executor, Bar(job.describe(), len(paths), reader.total, 0, progress) as bar:
         found: torch.Tensor = executor.gradients(given, wanted, bar.advance(len(given)))
     return found
 
@@ -125,7 +125,7 @@ def gate_gradients(
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(where.type, enabled=False):
         twin = engines.base.replica(net, where, kind, torch.channels_last)
         total = torch.zeros(len(configurations), len(net.blocks), dtype=torch.float64, device="cpu")
-        with Bar(name, len(configurations), reader, 0, progress) as bar:
+        with Bar(name, len(configurations), reader.total, 0, progress) as bar:
             while len((taken := reader.take(_GATE_BATCH))[1]):
                 images, labels = (values.detach().to(where, copy=True) for values in taken)
                 images, advance = images.to(kind), bar.advance(len(labels))

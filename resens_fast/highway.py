@@ -42,7 +42,7 @@ def gates(net: ResidualNetwork, data: Any, progress: bool = True) -> pd.DataFram
         )
     per_image: dict[int, list[torch.Tensor]] = {block.index: [] for block in found}  # rows of mean, square, low, high
     reader = ImageReader(data, net.structure)
-    with _eval(net), Bar(f"gates of {len(found)} blocks", 1, reader, 0, progress) as bar:
+    with _eval(net), Bar(f"gates of {len(found)} blocks", 1, reader.total, 0, progress) as bar:
         while len(images := reader.take(_BATCH)[0]):
             state = net.stem(images.to(net.device, net.dtype, memory_format=torch.channels_last))
             for block in net.blocks:

@@ -158,7 +158,7 @@ def _run(job: Job, reader: ImageReader, folder: StudyFolder | None, progress: bo
         return study
     with (
         job.executor(reader.peek()) as executor,
-        Bar(job.describe(), len(job.sweep), reader, study.images, progress) as bar,
+        Bar(job.describe(), len(job.sweep), reader.total, study.images, progress) as bar,
     ):
         manifest["engine"].update(job.way(), footprint=executor.footprint)
         began, before = time.monotonic(), manifest["seconds"]
@@ -224,9 +224,12 @@ def _kind(manifest: dict[str, Any]) -> str:
 
 
 class Bar:
-    """Progress in configurations × images, shown when the work takes longer than two seconds."""
+    """Progress in configurations × images, shown when the work takes longer than two seconds.
 
-    def __init__(self, name: str, configurations: int, reader: ImageReader, done: int, show: bool) -> None:
+    images: how many there are, None where that is not known; done: how many are done already.
+    """
+
+    def __init__(self, name: str, configurations: int, images: int | None, done: int, show: bool) -> None:
         self.configurations = configurations
         self.bar: Any = None
         if show:
@@ -234,15 +237,15 @@ class Bar:
 
             scale = self.configurations
             self.bar = tqdm(
-                total=None if reader.total is None else reader.total * scale,
+                total=None if images is None else images * scale,
                 initial=done * scale,
-                unit="cfg·img",
+                unit="cfg·img" if configurations > 1 else "img",
                 unit_scale=True,
                 delay=2,
                 mininterval=0.5,
                 desc=name,
                 bar_format=None
-                if reader.total is None
+                if images is None
                 else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
             )
 

@@ -111,6 +111,19 @@ def test_tally_counts_what_the_logits_say(
     assert ((frame["error_low"] <= frame["error"]) & (frame["error"] <= frame["error_high"])).all()
 
 
+@pytest.mark.parametrize("engine", ["reference", "torch", "cpu"])
+def test_logits_tell_their_progress(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resens_fast import jobs
+
+    if engine == "cpu" and rf.extension.reason():
+        pytest.skip("the extension is missing")
+    shares: list[float] = []
+    monkeypatch.setattr(jobs.Bar, "advance", lambda self, count: lambda share: shares.append(share * count))
+    net = rf.wrap(small_resnet().eval(), torch.zeros(1, 3, 8, 8))
+    rf.logits(net, sweeps.single(net), torch.randn(5, 3, 8, 8), engine=engine)
+    assert sum(shares) == pytest.approx(5)
+
+
 def test_count_on_ties_and_non_finite_logits() -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor(
