@@ -240,7 +240,7 @@ def launch_conv_transpose(
             launch.cdiv(constants["C"], tile.block_n))  # fmt: skip
     conv_transpose[grid](
         source, target, *table, weight, scale, *bits, first, images,
-        source.stride(0), target.stride(0), max(each.stride(0) for each in bits), **constants,
+        source.stride(0), target.stride(0), *(each.stride(0) for each in bits), **constants,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages, **launch.OPTIONS,
     )  # fmt: skip
 
@@ -281,7 +281,7 @@ def launch_shortcut_transpose(
             launch.cdiv(constants["C"], tile.block_n))  # fmt: skip
     shortcut_transpose[grid](
         states, steps, weight, scale, *bits, first, images, states.stride(0),
-        max(each.stride(0) for each in bits), **constants,
+        *(each.stride(0) for each in bits), **constants,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages, **launch.OPTIONS,
     )  # fmt: skip
 

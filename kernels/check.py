@@ -52,6 +52,7 @@ def values(dtype: torch.dtype) -> dict[str, float]:
         "post-projection": {"preactivation": False},
         "pre-projection": {},
         "pre-bottleneck": {"bottleneck": True},
+        "post-bottleneck": {"bottleneck": True, "preactivation": False},
     }
     for name, options in kinds.items():
         net = network(29 if "bottleneck" in name else 20, **options)
@@ -86,10 +87,12 @@ def gradients(dtype: torch.dtype) -> dict[str, float]:
         "post-pad": {"preactivation": False, "option": "pad"},
         "post-projection": {"preactivation": False},
         "pre-projection": {},
+        "pre-bottleneck": {"bottleneck": True},
+        "post-bottleneck": {"bottleneck": True, "preactivation": False},
     }
     device = torch.device("cuda", torch.cuda.current_device())
     for name, options in kinds.items():
-        net = network(20, **options)
+        net = network(29 if "bottleneck" in name else 20, **options)
         paths = rf.sweeps.paths(net, [0, 1, 4, 9], samples=4, seed=0)
         made = gradient_plan(net, paths)
         executor = TritonEngine().prepare_gradients(net, made, device, dtype, "first_block")

@@ -3,17 +3,18 @@
 What `loss_gradient` computes, for each image, from its logits z, its label l and the last state a [PIXELS, C]:
 
     d = softmax(z) - one(l)                           the image's own cross entropy, not the batch's mean
-    d = d / 2^e, exponents[0] = e                     e of 1 - softmax(z)[l], the largest (normalise.py says why)
+    d = d / 2^e, exponents[0] = e                     e such that the largest other class has about 1 (normalise.py)
     m = d · weight^T / PIXELS, fp32 [C]
     g = scale * m where the head's ReLU is open       scale and shift with PROLOGUE, the ReLU with RELU
     g = g where the last block's closing ReLU is open with CLOSED (transpose.py says why that is done here)
     out[pixel] = g
 
 1 - softmax(z)[l] is summed up from the other classes: where the network is sure the difference would be all rounding.
-All paths start there, so it runs once for a batch. Each program takes BLOCK_I images (16, the least tl.dot takes) and
-BLOCK_C channels; it walks over the classes twice, first for the maximum and the sum of exponentials, then for the
-product, so that any number of classes fits, and then over the pixels. It reads and writes the last state in place if
-the caller likes: an element is read and written by the same program.
+Their exponentials are taken relative to the largest of them, since a label that leads by a hundred makes all of them
+less than fp32 holds. All paths start there, so it runs once for a batch. Each program takes BLOCK_I images (16, the
+least tl.dot takes) and BLOCK_C channels; it walks over the classes twice, first for the maximum and the sum of
+exponentials, then for the product, so that any number of classes fits, and then over the pixels. It reads and writes
+the last state in place if the caller likes: an element is read and written by the same program.
 
 Memory traffic: the last state is read and written once for a batch, against a state for each path and level after it.
 
@@ -28,7 +29,9 @@ The naive version is autograd of `_loss`, and `norms`, in the reference engine.
 import triton
 import triton.language as tl
 
-from .normalise import exponent_of, power_of_two
+LARGEST = tl.constexpr(3.4028234663852886e38)
+LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(-1e9)
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -56,32 +59,33 @@ def loss_gradient(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside, here = image < images, c < C
     label = tl.load(labels_ptr + image, mask=inside, other=0)
-    largest = tl.full([BLOCK_I], -float("inf"), tl.float32)
-    others = tl.zeros([BLOCK_I], tl.float32)  # their exponentials, relative to exp(largest): all but the label's
-    total = tl.zeros([BLOCK_I], tl.float32)  # all
+    largest = tl.full([BLOCK_I], -LARGEST, tl.float32)  # of all classes but the label
+    others = tl.zeros([BLOCK_I], tl.float32)  # the sum of their exponentials, relative to exp(largest)
+    of_label = tl.zeros([BLOCK_I], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         known = inside[:, None] & (k < K)[None, :]
         z = tl.load(logits_ptr + image[:, None] * K + k[None, :], mask=known, other=-float("inf"))
-        z = tl.where(inside[:, None], z, 0.0)  # rows that are no images: anything finite
+        chosen = k[None, :] == label[:, None]
+        of_label += tl.sum(tl.where(chosen & known, z, 0.0), axis=1)
+        z = tl.where(chosen, -float("inf"), z)
         top = tl.maximum(largest, tl.max(z, axis=1))
-        exponentials = tl.exp(z - top[:, None])
-        total = total * tl.exp(largest - top) + tl.sum(exponentials, axis=1)
-        exponentials = tl.where(k[None, :] == label[:, None], 0.0, exponentials)
-        others = others * tl.exp(largest - top) + tl.sum(exponentials, axis=1)
+        others = others * tl.exp(largest - top) + tl.sum(tl.exp(z - top[:, None]), axis=1)
         largest = top
-    others = others / total
-    e = exponent_of(others)
+    # softmax(z)[k] = exp(z[k] - largest) * share
+    lead = of_label - largest
+    share = tl.where(lead > 0.0, 1.0 / (others * tl.exp(-lead) + 1.0), 1.0 / (others + tl.exp(lead)))
+    # Times exp(-lead) = 2^power where the label leads. Beyond FAR it is zero; with an infinite logit it is NaN.
+    power = tl.where(lead > 0.0, lead, 0.0).to(tl.float64) * -LOG2E
+    e = tl.floor(tl.maximum(power, FAR)).to(tl.int32)
+    share *= tl.where(power < FAR, lead - lead, tl.exp2((power - e).to(tl.float32)))
     tl.store(exponents_ptr + image, e, mask=inside)  # by the programs of all channels alike
-    total = total * power_of_two(e)
-    others = others * power_of_two(-e)
     m = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         known = inside[:, None] & (k < K)[None, :]
         z = tl.load(logits_ptr + image[:, None] * K + k[None, :], mask=known, other=0.0)
-        d = tl.exp(z - largest[:, None]) / total[:, None]
-        d = tl.where(k[None, :] == label[:, None], -others[:, None], d)
+        d = tl.where(k[None, :] == label[:, None], -others[:, None], tl.exp(z - largest[:, None])) * share[:, None]
         weight = tl.load(weight_ptr + c[None, :] * K + k[:, None], mask=here[None, :] & (k < K)[:, None], other=0.0)
         m = tl.dot(tl.where(known, d, 0.0), weight, m, input_precision="ieee")
     m *= 1.0 / PIXELS

@@ -101,13 +101,14 @@ def conv_transpose(
     gates_ptr,  # fp32 [steps]
     weight_ptr,  # [slots, KERNEL * KERNEL, C, N]
     scale_ptr,  # fp32 [slots, C], for PROLOGUE
-    relu_ptr,  # int16 [slots, bits_size], for RELU
-    closed_ptr,  # int16 [slots, bits_size], for CLOSED
+    relu_ptr,  # int16 [slots, relu_size], for RELU
+    closed_ptr,  # int16 [slots, closed_size], for CLOSED
     first,  # the launch's first step
     images,
     in_size,  # elements from one image batch to the next
     out_size,
-    bits_size,
+    relu_size,
+    closed_size,
     C: tl.constexpr,
     N: tl.constexpr,
     CHANNELS: tl.constexpr,  # those of the C that are real
@@ -145,9 +146,9 @@ def conv_transpose(
     if PROLOGUE:
         acc *= tl.load(scale_ptr + slot * C + c, mask=c < C, other=0.0)[None, :]
     if RELU:
-        acc = open_relu(acc, relu_ptr + slot * bits_size, index, inside, c, C)
+        acc = open_relu(acc, relu_ptr + slot * relu_size, index, inside, c, C)
     if CLOSED:
-        acc = open_relu(acc, closed_ptr + slot * bits_size, index, inside, c, C)
+        acc = open_relu(acc, closed_ptr + slot * closed_size, index, inside, c, C)
     goes_to = destination if LAST else step.to(tl.int64)
     write_tile(out_ptr + goes_to * out_size, acc, index, inside, c, C, CHANNELS)
 
@@ -158,12 +159,13 @@ def shortcut_transpose(
     steps_ptr,  # int32 [steps, 3]: source, destination, slot of the parameters
     weight_ptr,  # [slots, KERNEL * KERNEL, C, N]
     scale_ptr,  # fp32 [slots, C], for PROLOGUE
-    relu_ptr,  # int16 [slots, bits_size], for PROLOGUE
-    closed_ptr,  # int16 [slots, bits_size], for CLOSED
+    relu_ptr,  # int16 [slots, relu_size], for PROLOGUE
+    closed_ptr,  # int16 [slots, closed_size], for CLOSED
     first,  # the launch's first step
     images,
     state_size,
-    bits_size,
+    relu_size,
+    closed_size,
     C: tl.constexpr,
     N: tl.constexpr,
     CHANNELS: tl.constexpr,  # those of the C that are real
@@ -213,7 +215,7 @@ def shortcut_transpose(
         acc *= 1.0 / (POOL * POOL)
     if PROLOGUE:
         acc *= tl.load(scale_ptr + slot * C + c, mask=c < C, other=0.0)[None, :]
-        acc = open_relu(acc, relu_ptr + slot * bits_size, index, inside, c, C)
+        acc = open_relu(acc, relu_ptr + slot * relu_size, index, inside, c, C)
     if CLOSED:
-        acc = open_relu(acc, closed_ptr + slot * bits_size, index, inside, c, C)
+        acc = open_relu(acc, closed_ptr + slot * closed_size, index, inside, c, C)
     write_tile(states_ptr + destination * state_size, acc, index, inside, c, C, CHANNELS)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import resens_fast as rf
 from resens_fast import sweeps
-from resens_fast.engines.base import LOSS_LIMIT, LOSS_SCALE, Tally, count
+from resens_fast.engines.base import LOSS_LIMIT, LOSS_SCALE, Tally, count, cross_entropy
 from resens_fast.errors import DataError, EngineError, SweepError, WrapError
 from tests.conftest import small_resnet
 
@@ -122,6 +122,20 @@ def test_logits_tell_their_progress(engine: str, monkeypatch: pytest.MonkeyPatch
     net = rf.wrap(small_resnet().eval(), torch.zeros(1, 3, 8, 8))
     rf.logits(net, sweeps.single(net), torch.randn(5, 3, 8, 8), engine=engine)
     assert sum(shares) == pytest.approx(5)
+
+
+def test_the_gradient_of_the_loss_keeps_its_digits() -> None:
+    """The label's own is minus the sum of the others', however small these are; else it is torch's."""
+    inf, nan = float("inf"), float("nan")
+    rows = [[1.0, 2, 3], [-5, 0, 9], [200, 0, 1], [inf, 0, 1], [0, inf, 1], [nan, 0, 1], [-inf, 0, 1], [0, -inf, 1]]
+    z = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    ours, torchs = cross_entropy(z, labels), torch.nn.functional.cross_entropy(z, labels, reduction="none")
+    torch.testing.assert_close(ours, torchs, equal_nan=True)
+    found, right = (torch.autograd.grad(loss.sum(), z)[0] for loss in (ours, torchs))
+    assert right[2, 0] == 0
+    right[2, 0] = -(right[2, 1] + right[2, 2])
+    torch.testing.assert_close(found, right, rtol=200 * 2**-52, atol=0, equal_nan=True)  # of a difference of 200
 
 
 def test_count_on_ties_and_non_finite_logits() -> None:

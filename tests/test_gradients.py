@@ -321,6 +321,21 @@ def test_small_gradients_do_not_underflow(dtype: torch.dtype) -> None:
             np.testing.assert_allclose(found.by_block["norm"], truth.by_block["norm"], rtol=close_to)
 
 
+@pytest.mark.parametrize("engine", ["torch", "cpu"])
+def test_a_label_that_leads_by_far(engine: str) -> None:
+    net = rf.wrap(small_resnet(preactivation=False), torch.zeros(1, 3, 8, 8))
+    with torch.no_grad():
+        net.model.get_submodule("fc").bias[1] += 150  # type: ignore[operator,union-attr]
+    images, labels = torch.randn(2, 3, 8, 8), torch.ones(2, dtype=torch.int64)
+    paths = sweeps.intact(net)
+    found, right = (
+        rf.path_gradients(net, (images, labels), paths=paths, engine=each).frame["norm"].item()
+        for each in (engine, "reference")
+    )
+    assert 0 < right < 1e-60
+    assert found == pytest.approx(right, rel=1e-4)
+
+
 def test_a_broken_image_is_counted() -> None:
     net, (images, labels) = NETS[True], batch(4)
     images[2, 0, 0, 0] = torch.nan

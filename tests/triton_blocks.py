@@ -148,6 +148,22 @@ def run_refusals() -> base.Result:
     return {"error": 0.0, "bound": 0.0}
 
 
+def run_sure() -> base.Result:
+    """Norms where the label leads by 150, so that no other class has a softmax that float32 holds."""
+    net = rf.wrap(small_resnet(depth=8), torch.zeros(1, 3, 8, 8))
+    with torch.no_grad():
+        net.model.get_submodule("fc").bias[2] += 150  # type: ignore[operator,union-attr]
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(24))
+    paths = rf.sweeps.from_masks(net, [[1, 0, 1]])
+    ours, right = (
+        rf.path_gradients(net, (images, torch.tensor([2, 2])), paths=paths, engine=engine).frame["norm"]
+        for engine in ("triton", "reference")
+    )
+    if not (right < 1e-60).all():
+        return {"failure": f"the norms are {list(right)}"}
+    return {"error": float(abs(ours / right - 1).max()), "bound": 1e-4}
+
+
 def run_package() -> base.Result:
     """Logits, tallies, path gradients and input gradients through the package agree with the reference engine."""
     net = rf.wrap(small_resnet(depth=8), torch.zeros(1, 3, 8, 8))
@@ -186,4 +202,4 @@ def cases() -> dict[str, Any]:
                     n, s == "transition", base.DTYPES[d], c
                 )
     table |= {f"masked-{name}": lambda p=pre: run_masked(p) for name, pre in (("pre", True), ("post", False))}
-    return table | {"operators": run_operators, "refusals": run_refusals, "package": run_package}
+    return table | {"operators": run_operators, "refusals": run_refusals, "package": run_package, "sure": run_sure}

@@ -39,8 +39,8 @@ NETWORKS: dict[str, tuple[str, str, tuple[int, ...], int, tuple[int, int], int, 
     "post-pad-10-17": ("post", "pad", (10, 17), 3, (7, 9), 10, "plain"),
     "post-pooled-pad-3-10": ("post", "pooled pad", (3, 10), 2, (8, 6), 3, "plain"),
     "pre-projection-17-48": ("pre", "projection", (17, 48), 2, (5, 4), 5, "plain"),
-    "bottleneck-post-pooled-8-16": ("bottleneck post", "pooled projection", (8, 16), 2, (16, 16), 70, "imagenet"),
-    "bottleneck-pre-activated-10-20": ("bottleneck pre", "activated", (10, 20), 2, (6, 6), 10, "plain"),
+    "bottleneck-post-pooled-8-16": ("bottleneck post", "pooled projection", (8, 16), 3, (16, 16), 70, "imagenet"),
+    "bottleneck-pre-activated-10-20": ("bottleneck pre", "activated", (10, 20), 3, (6, 6), 10, "plain"),
 }
 
 

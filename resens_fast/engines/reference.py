@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .base import Engine, Executor, GradientExecutor, Progress, Tally, count, replica
+from .base import Engine, Executor, GradientExecutor, Progress, Tally, count, cross_entropy, replica
 
 if TYPE_CHECKING:
     from ..blocks import Block
@@ -91,7 +91,7 @@ class ReferenceGradients(GradientExecutor):
         """The intact network's loss, summed over the images, whose gradient flows along one path only."""
         for j in path.order:
             state = _along(self.net.blocks[j], path.gates[j], state)
-        return torch.nn.functional.cross_entropy(self.net.head(state), labels, reduction="sum")
+        return cross_entropy(self.net.head(state), labels).sum()
 
 
 def _along(block: Block, gate: float, x: torch.Tensor) -> torch.Tensor:

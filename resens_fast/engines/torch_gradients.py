@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..plan import HEAD, RESTORE, RUN, SAVE, SHORTCUT
-from .base import GradientExecutor, Progress, replica
+from .base import GradientExecutor, Progress, cross_entropy, replica
 
 if TYPE_CHECKING:
     from ..blocks import Block
@@ -165,8 +165,7 @@ class TorchGradients(GradientExecutor):
         last = _leaf(out)
         logits = self.net.head(last)
         leaf = _leaf(logits.double())
-        loss = torch.nn.functional.cross_entropy(leaf, labels, reduction="sum")
-        (given,) = torch.autograd.grad(loss, leaf)
+        (given,) = torch.autograd.grad(cross_entropy(leaf, labels).sum(), leaf)
         exponent = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
         squares = torch.zeros(len(self.order), dtype=torch.float64, device=labels.device)
         start = State(given, exponent, squares).normalised()
