@@ -307,6 +307,10 @@ def main() -> None:
         return
     if not arguments.out:
         parser.error("--out DIR is needed: the folder for gpu_check.json")
+    try:
+        os.makedirs(arguments.out, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     check = Check(arguments)
     check.section("environment", environment, 0)
     check.section("build", build, 60)

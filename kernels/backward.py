@@ -66,7 +66,7 @@ class Trail:
                 for group in packed.groups
             ),
             tuple(bits(group, 0, group.shape.closing) for group in packed.groups),
-            torch.empty(batch * packed.head.classes, device=packed.device),
+            torch.empty(batch * packed.head.classes, device=packed.device, dtype=torch.float32),
             torch.zeros(buffers, batch, device=packed.device, dtype=torch.int32),
         )
 
@@ -359,7 +359,7 @@ def launch_weight_gradient(
     rows, columns = conv.kernel**2 * (c // constants["BLOCK_C"]), n // constants["BLOCK_N"]
     splits = launch.cdiv(len(x) * conv.out[0] * conv.out[1], constants["BLOCK_P"] * constants["CHUNKS"])
     grid = (rows, columns, splits)
-    out = torch.empty(splits, conv.kernel**2, c, n, device=x.device)
+    out = torch.empty(splits, conv.kernel**2, c, n, device=x.device, dtype=torch.float32)
     weight_gradient[grid](
         x, g, out, x if scale is None else scale, x if shift is None else shift, len(x),
         **constants, **launch.OPTIONS,

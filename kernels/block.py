@@ -170,7 +170,7 @@ def _transposed(d: Tensor, conv: fused.Conv, shape: BlockShape, index: int, sour
     bits = torch.empty(1, source.numel() // 16 if relu else 1, device=device, dtype=torch.int16)
     if relu:
         backward.launch_signs(source, bits, None, None, here.c)
-    one = torch.ones(1, device=device)
+    one = torch.ones(1, device=device, dtype=torch.float32)
     constants = backward.conv_constants(shape, index, d.dtype) | {"PROLOGUE": False, "RELU": relu, "CLOSED": False}
     backward.launch_conv_transpose(
         d.view(1, -1), out.view(1, -1), (_steps(1, device), one), conv_weights([conv], device, d.dtype).weight, one,
@@ -183,7 +183,8 @@ def _shortcut_transposed(g: Tensor, block: fused.FusedBlock, shape: BlockShape, 
     """The gradient of what the shortcut read: the state, or the prologue's output."""
     states = g.new_empty(2, max(g.numel(), x.numel()))
     states[0, : g.numel()] = g.reshape(-1)
-    one, bits = torch.ones(1, device=g.device), torch.empty(1, 1, device=g.device, dtype=torch.int16)
+    one = torch.ones(1, device=g.device, dtype=torch.float32)
+    bits = torch.empty(1, 1, device=g.device, dtype=torch.int16)
     weight = conv_weights([block.shortcut.conv], g.device, g.dtype).weight
     constants = backward.skip_constants(shape, g.dtype) | {"PROLOGUE": False, "CLOSED": False}
     step = torch.tensor([[0, 1, 0]], device=g.device, dtype=torch.int32)
@@ -218,9 +219,14 @@ def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (dx, typed[:count], typed[count : 2 * count], *beside, None, None)
 
 
+def _no_second(*_: Any) -> Any:
+    raise NotImplementedError("the triton engine has first derivatives only; leave the engine out for second ones")
+
+
 def _real(others: list[Tensor | None]) -> list[Tensor]:
     """Those that are there, but for the gates, which come last."""
     return [v for v in others[:-1] if v is not None]
 
 
 triton_block.register_autograd(_gradients, setup_context=_save)
+triton_block_backward.register_autograd(_no_second)

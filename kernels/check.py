@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from typing import Any
@@ -174,6 +175,10 @@ def rate(net: Any, sweep: Any, dtype: torch.dtype, count: int, most: float = 10.
 def main() -> None:
     import resens_fast as rf
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU on this machine")
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         result[f"values {dtype}"] = values(dtype)

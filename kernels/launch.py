@@ -150,7 +150,7 @@ class Memory:
         return cls(
             torch.empty(schedule.buffers, batch * packed.state_elements, device=device, dtype=dtype),
             tuple(torch.empty(max(1, size), device=device, dtype=dtype) for size in schedule.scratch),  # type: ignore[arg-type]
-            torch.empty(max(1, schedule.means), device=device),
+            torch.empty(max(1, schedule.means), device=device, dtype=torch.float32),
             torch.zeros(batch, device=device, dtype=torch.int64),
             torch.zeros(words, 3, device=device, dtype=torch.int64),
         )
@@ -243,7 +243,7 @@ def stem(packed: Packed, memory: Memory, images: Tensor) -> None:
     device, dtype = packed.device, packed.dtype
     source = torch.zeros(batch, height, columns, width(channels), device=device, dtype=dtype)
     source[..., :channels] = images.to(device, dtype).permute(0, 2, 3, 1)
-    table = (torch.zeros(1, 3, device=device, dtype=torch.int32), torch.ones(1, device=device))
+    table = (torch.zeros(1, 3, device=device, dtype=torch.int32), torch.ones(1, device=device, dtype=torch.float32))
     for index, (shape, weights) in enumerate(packed.stem.convs):
         direct = index == len(packed.stem.convs) - 1 and packed.stem.maxpool is None
         area = memory.states if direct else torch.empty(1, batch * shape.out_elements, device=device, dtype=dtype)

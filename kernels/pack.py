@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..errors import EngineError
 from ..fused import Conv, FusedBlock, FusedNetwork
 
 # The kernels number the elements of a batch with int32.
@@ -140,9 +141,9 @@ class Packed:
 
 
 def check_numbered(elements: int, images: int) -> None:
-    """ValueError unless the kernels can number so many elements, those of so many images."""
+    """EngineError unless the kernels can number so many elements, those of so many images."""
     if elements > NUMBERED:
-        raise ValueError(
+        raise EngineError(
             f"{images} image(s) take {elements:,} elements in one place, and the triton engine's kernels number "
             f"{NUMBERED:,} at most; use {'smaller batches' if images > 1 else 'smaller images or the torch engine'}"
         )
@@ -154,7 +155,7 @@ def conv_shape(conv: Conv, height: int, width: int) -> ConvShape:
 
 
 def block_shape(block: FusedBlock, shape_in: tuple[int, int, int]) -> BlockShape:
-    """What a block is behind a state of that shape; ValueError if branch and shortcut disagree about the result."""
+    """What a block is behind a state of that shape; EngineError if branch and shortcut disagree about the result."""
     _, height, columns = shape_in
     convs = []
     for conv in block.convs:
@@ -170,7 +171,7 @@ def block_shape(block: FusedBlock, shape_in: tuple[int, int, int]) -> BlockShape
     shape_out = (convs[-1].n, height, columns)
     sizes = tuple(output(size // max(1, side.pool), kernel, stride, padding) for size in shape_in[1:])
     if sizes != shape_out[1:]:
-        raise ValueError(
+        raise EngineError(
             f"the branch of block {block.index} ({block.name}) gives {height} x {columns} pixels, its shortcut "
             f"{sizes[0]} x {sizes[1]}; use images of another size or the torch engine"
         )
@@ -180,7 +181,7 @@ def block_shape(block: FusedBlock, shape_in: tuple[int, int, int]) -> BlockShape
 def vectors(rows: list[Tensor | None], device: torch.device) -> Tensor:
     """float32 [slots, width]; one zero where there are none."""
     if rows[0] is None:
-        return torch.zeros(1, device=device)
+        return torch.zeros(1, device=device, dtype=torch.float32)
     stacked = torch.stack([row.float() for row in rows if row is not None])
     return pad(stacked, (0, width(stacked.shape[1]) - stacked.shape[1])).to(device).contiguous()
 
@@ -189,7 +190,7 @@ def conv_weights(convs: list[Conv | None], device: torch.device, dtype: torch.dt
     """The same convolution of several blocks, stacked."""
     real = [conv for conv in convs if conv is not None]
     if not real:
-        return ConvWeights(torch.zeros(1, device=device, dtype=dtype), torch.zeros(1, device=device))
+        return ConvWeights(torch.zeros(1, device=device, dtype=dtype), vectors([None], device))
     weight = torch.stack([conv.weight.float() for conv in real])  # [slots, N, C, kernel, kernel]
     n, c = weight.shape[1:3]
     weight = pad(weight.flatten(3).permute(0, 3, 2, 1), (0, width(n) - n, 0, width(c) - c))
@@ -201,7 +202,7 @@ def pack(
 ) -> Packed:
     """Group, stack and fill up a lowered network for images of `size` (height, width), by default its own.
 
-    Raises ValueError when a block's branch and shortcut disagree at that size, or one image is too large to number.
+    Raises EngineError when a block's branch and shortcut disagree at that size, or one image is too large to number.
     """
     height, columns = size or network.input_shape[1:]
     stem = []

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import backward, launch, tiles
+from . import backward, launch, product, tiles
 from .pack import KINDS, BlockShape, ConvShape, ShortcutShape, output
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -221,9 +221,12 @@ def compile_for(each: Specialisation, capability: int) -> Resources:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--capability", type=int, nargs="*", default=list(ARCHITECTURES))
-    parser.add_argument("--dtype", choices=[*TYPES.values(), "tf32"], nargs="*", default=[*TYPES.values(), "tf32"])
+    known = (80, 86, 89, 90, 100, 103, 120, 121)
+    parser.add_argument("--capability", type=int, choices=known, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--dtype", choices=[*TYPES.values(), "tf32"], nargs="+", default=[*TYPES.values(), "tf32"])
     arguments = parser.parse_args()
+    if product.WIDEN:
+        parser.error("the kernels are interpreted; unset TRITON_INTERPRET to compile them")
     names = {name: dtype for dtype, name in TYPES.items()} | {"tf32": torch.float32}
     for capability in arguments.capability:
         for name in arguments.dtype:

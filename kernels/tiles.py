@@ -14,11 +14,12 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
 
+from ..errors import EngineError
 from .pack import ConvShape, width
 
 
@@ -83,20 +84,27 @@ def cache_file(device: torch.device) -> Path:
     """One file per card and Triton version; RESENS_FAST_CACHE names another folder than ~/.cache/resens_fast."""
     import triton
 
-    folder = Path(os.environ.get("RESENS_FAST_CACHE", Path.home() / ".cache" / "resens_fast"))
+    # os.path leaves ~ as it is where there is no home, and then there are no tiles.
+    folder = Path(os.path.expanduser(os.environ.get("RESENS_FAST_CACHE") or "~/.cache/resens_fast"))
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
     return folder / f"tiles-{name}-triton-{triton.__version__}.json"
 
 
 @functools.cache
 def measured(file: Path) -> dict[str, Tile]:
-    """The tiles in a cache file; none if there is no file. ValueError names a damaged one."""
+    """The tiles in a cache file; none if there is no file. EngineError names a damaged one."""
     if not file.exists():
         return {}
     try:
-        return {name: Tile(**values) for name, values in json.loads(file.read_text()).items()}
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it") from None
+        found = {name: Tile(**values) for name, values in json.loads(file.read_text()).items()}
+        for name, tile in found.items():
+            if not all(type(v) is int and 0 < v <= 1024 for v in astuple(tile)) or any(
+                v & (v - 1) for v in (tile.block_m, tile.block_n, tile.warps)
+            ):
+                raise ValueError(f"{name} has {tile}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EngineError(f"{file} is damaged ({error}); delete it") from None
+    return found
 
 
 def save(file: Path, tiles: dict[str, Tile]) -> None:

@@ -34,8 +34,8 @@ def tune(
     best: dict[str, tiles.Tile] = {}
     device, dtype = packed.device, packed.dtype
     states = torch.zeros(2 * STEPS, images * packed.state_elements, device=device, dtype=dtype)
-    rows = [[step, STEPS + step, 0] for step in range(STEPS)]
-    table = (torch.tensor(rows, dtype=torch.int32, device=device), torch.ones(STEPS, device=device))
+    rows = torch.tensor([[step, STEPS + step, 0] for step in range(STEPS)], dtype=torch.int32, device=device)
+    table = (rows, torch.ones(STEPS, device=device, dtype=torch.float32))
     for group in packed.groups:
         for index, (shape, weights) in enumerate(zip(group.shape.convs, group.convs, strict=True)):
             constants = launch.conv_constants(group.shape, index, shape, dtype)
@@ -65,6 +65,7 @@ def tune(
 
 def main() -> None:
     import resens_fast as rf
+    from resens_fast.errors import ResensError
     from resens_fast.lower import lower
 
     from .pack import pack
@@ -73,12 +74,21 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     arguments = parser.parse_args()
+    try:
+        nets = [rf.wrap(rf.models.resnet(arguments.depth, preactivation=form).eval()) for form in (True, False)]
+    except ResensError as error:
+        parser.error(str(error))
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU on this machine")
     device = torch.device("cuda", torch.cuda.current_device())
     file = tiles.cache_file(device)
     major, minor = torch.cuda.get_device_capability(device)
-    found = dict(tiles.measured(file))
-    for preactivation in (True, False):
-        net = rf.wrap(rf.models.resnet(arguments.depth, preactivation=preactivation).eval())
+    try:
+        found = dict(tiles.measured(file))
+        tiles.save(file, found)  # that it cannot be written is better known now than after minutes
+    except (ResensError, OSError) as error:
+        parser.error(f"the tiles cannot be kept: {error}")
+    for net in nets:
         packed = pack(lower(net), device, getattr(torch, arguments.dtype))
         found |= tune(packed, 10 * major + minor)
     tiles.save(file, found)

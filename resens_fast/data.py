@@ -93,7 +93,8 @@ def split(labels: np.ndarray, test: int, seed: int = 0) -> tuple[np.ndarray, np.
 
 def _roots() -> list[Path]:
     named = os.environ.get("RESENS_FAST_DATA")
-    return ([Path(named).expanduser()] if named else []) + [Path.home() / ".cache" / "resens_fast", Path("data")]
+    cache = Path(os.path.expanduser("~/.cache/resens_fast"))
+    return ([Path(named).expanduser()] if named else []) + [cache, Path("data")]
 
 
 def _has_cifar10_classes(folder: Path) -> bool:

@@ -30,6 +30,7 @@ class ImageReader:
         self.shuffles = False
         self.digest = ImageHash()
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._size: list[int] | None = None
         self.total: int | None
         if isinstance(data, (tuple, list)) and len(data) == 2:
             images, labels = tensor(data[0], "images"), tensor(data[1], "labels")
@@ -72,8 +73,9 @@ class ImageReader:
         have = sum(len(labels) for _, labels in self._left)
         while have < count and (batch := self._next()) is not None:
             images, labels = self._check(batch)
-            if self._left and self._left[0][0].shape[1:] != images.shape[1:]:
-                raise _of_two_sizes(f"{list(self._left[0][0].shape[1:])} and {list(images.shape[1:])}")
+            if list(images.shape[1:]) != (self._size or list(images.shape[1:])):
+                raise _of_two_sizes(f"{self._size} and {list(images.shape[1:])}")
+            self._size = list(images.shape[1:])
             self._left.append((images, labels))
             have += len(labels)
         return have
@@ -114,7 +116,7 @@ class ImageReader:
 
 
 def _of_two_sizes(sizes: str) -> DataError:
-    return DataError(f"the images of a batch have different sizes, {sizes}; resize or crop them to one")
+    return DataError(f"the images have different sizes, {sizes}; resize or crop them to one")
 
 
 def tensor(values: Any, name: str) -> torch.Tensor:

@@ -165,7 +165,7 @@ def test_a_batch_too_large_to_number_is_refused_by_the_block(
     x = torch.zeros(3, 7, 9, 16)
     block.run(whole.blocks[0], x, torch.ones(1))
     monkeypatch.setattr(pack, "NUMBERED", x.numel() - 1)
-    with pytest.raises(ValueError, match=r"3 image\(s\) take 3,024 elements .* use smaller batches"):
+    with pytest.raises(EngineError, match=r"3 image\(s\) take 3,024 elements .* use smaller batches"):
         block.run(whole.blocks[0], x, torch.ones(1))
 
 

@@ -148,6 +148,85 @@ def run_refusals() -> base.Result:
     return {"error": 0.0, "bound": 0.0}
 
 
+def run_changed() -> base.Result:
+    """A network changed after its first forward under a mask is looked at again."""
+    mask, x = torch.ones(3), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(25))
+
+    def own_forward(net: Any) -> None:
+        net.model.get_submodule("blocks.0.conv1").forward = lambda value: value
+
+    class Double(torch.nn.BatchNorm2d):
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(value)
+
+    def other_module(net: Any) -> None:
+        before = net.model.get_submodule("blocks.0.bn1")
+        net.model.set_submodule("blocks.0.bn1", Double(before.num_features).eval())
+
+    def dilation(net: Any) -> None:
+        net.model.get_submodule("blocks.0.conv1").dilation = (2, 2)
+
+    def for_all(net: Any) -> None:
+        torch.nn.modules.module.register_module_forward_hook(lambda module, given, value: 2 * value)
+
+    for change in (own_forward, other_module, dilation, for_all):
+        model = rf.models.resnet(8, preactivation=False, option="pad", width=4, classes=5)
+        net = rf.wrap(model.eval(), torch.zeros(1, 3, 8, 8))
+        before = torch.random.get_rng_state()
+        net(x, mask=mask, engine="triton")
+        if not torch.equal(torch.random.get_rng_state(), before):
+            return {"failure": "torch's random numbers have moved on"}
+        try:
+            change(net)
+            net(x, mask=mask, engine="triton")
+        except rf.errors.EngineError:
+            continue
+        finally:
+            torch.nn.modules.module._global_forward_hooks.clear()
+        return {"failure": f"{change.__name__} was not noticed"}
+    return {"error": 0.0, "bound": 0.0}
+
+
+def run_odd() -> base.Result:
+    """An empty batch under a mask; everything where the default type is another; derivatives of derivatives refused."""
+    model = small_resnet(depth=8, preactivation=False)
+    net = rf.wrap(model, torch.zeros(1, 3, 8, 8))
+    x, labels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(26)), torch.tensor([1])
+    for mask in (torch.ones(3), torch.zeros(3), torch.ones(0, 3)):
+        if net(x[:0], mask=mask, engine="triton").shape != (0, 5):
+            return {"failure": "an empty batch has other logits than [0, 5]"}
+
+    def everything() -> list[torch.Tensor]:
+        sweep = rf.sweeps.single(net)[:2]
+        image = x.clone().requires_grad_()
+        y = net(image, mask=[1, 0.5, 1], engine="triton")
+        return [
+            rf.logits(net, sweep, x, engine="triton"),
+            rf.input_gradients(net, sweep, x, labels, engine="triton"),
+            *torch.autograd.grad(y.sum(), [image, *net.parameters()]),
+        ]
+
+    found = [everything()]
+    for kind in (torch.float64, torch.float16):
+        torch.set_default_dtype(kind)
+        try:
+            found.append(everything())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            if a.dtype != b.dtype or not torch.equal(a, b):
+                return {"failure": "the default type changes results"}
+
+    image = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(net(image, mask=torch.ones(3), engine="triton").sum(), image, create_graph=True)
+    try:
+        g.sum().backward()
+    except NotImplementedError as error:
+        return {"error": float("first derivatives only" not in str(error)), "bound": 0.0}
+    return {"failure": "a second derivative was not refused"}
+
+
 def run_sure() -> base.Result:
     """Norms where the label leads by 150, so that no other class has a softmax that float32 holds."""
     net = rf.wrap(small_resnet(depth=8), torch.zeros(1, 3, 8, 8))
@@ -202,4 +281,5 @@ def cases() -> dict[str, Any]:
                     n, s == "transition", base.DTYPES[d], c
                 )
     table |= {f"masked-{name}": lambda p=pre: run_masked(p) for name, pre in (("pre", True), ("post", False))}
-    return table | {"operators": run_operators, "refusals": run_refusals, "package": run_package, "sure": run_sure}
+    return table | {"operators": run_operators, "refusals": run_refusals, "package": run_package, "sure": run_sure,
+                    "changed": run_changed, "odd": run_odd}  # fmt: skip

@@ -10,7 +10,6 @@ times slower: that is how they are tested on a machine without a GPU.
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from ..errors import NotCovered
 from ..plan import HEAD, RUN
 from .base import Engine, Executor, GradientExecutor, Progress, Tally
-from .triton_memory import SEGMENT, Replay, interpreting, on_device, scaled
+from .triton_memory import SEGMENT, Replay, interpreting, on_device, scaled, unusable
 
 if TYPE_CHECKING:
     from ..fused import FusedNetwork
@@ -99,10 +98,11 @@ class TritonExecutor(Executor):
     def logits(self, images: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         """Logits float32 [W, B, K] in every type: the head computes in float32."""
         prepared = self._for(images)
-        parts = [torch.empty(self.plan.words, 0, self.network.classes, device="cpu")]
+        parts = [torch.empty(self.plan.words, 0, self.network.classes, device="cpu", dtype=torch.float32)]
         for start in range(0, len(images), prepared.batch):
             part = images[start : start + prepared.batch]
-            out = torch.empty(self.plan.words, len(part), self.network.classes, device=self.device)
+            shape = self.plan.words, len(part), self.network.classes
+            out = torch.empty(shape, device=self.device, dtype=torch.float32)
             with on_device(self.device):
                 prepared.execute(part, out, scaled(progress, len(part) / len(images)))
             parts.append(out.cpu())
@@ -115,8 +115,8 @@ class TritonEngine(Engine):
     bitwise = True
 
     def missing(self) -> str | None:
-        if find_spec("triton") is None:
-            return "the package triton is not installed (pip install triton)"
+        if reason := unusable():
+            return reason
         if not interpreting() and not torch.cuda.is_available():
             return "there is no GPU on this machine"
         return None

@@ -9,6 +9,7 @@ Stem and head are the network's own modules.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +22,8 @@ from ..fused import FusedBlock, _channels
 if TYPE_CHECKING:
     from ..network import ResidualNetwork
 
-# Which device, dtype and image size have been looked at: looking folds the whole network, and a step of training does
-# not change whether it can be folded.
+# Which device, dtype, image size and modules have been looked at: looking folds the whole network, and a step of
+# training does not change whether it can be folded.
 _COVERED: weakref.WeakKeyDictionary[torch.nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
 
 
@@ -31,10 +32,10 @@ def forward(net: ResidualNetwork, x: Tensor, mask: Tensor) -> Tensor:
 
     Raises EngineError in training mode, for a mask that requires a gradient, and where the triton engine cannot run.
     """
+    _check(net, x, mask)
     from ..kernels import block as kernels
     from ..kernels.pack import width
 
-    _check(net, x, mask)
     gates = masks.check(net.structure, mask, len(x))
     if gates.ndim == 1:
         gates = gates.expand(len(x), -1)
@@ -47,7 +48,7 @@ def forward(net: ResidualNetwork, x: Tensor, mask: Tensor) -> Tensor:
             continue
         block = lower.fold(each)
         rows = column.nonzero().flatten()
-        if len(rows) == len(x):
+        if 0 < len(rows) == len(x):
             state = kernels.run(block, state, _shared(column).to(x.device))
             continue
         result = _skipped(block, state)
@@ -88,8 +89,16 @@ def _check(net: ResidualNetwork, x: Tensor, mask: Tensor) -> None:
         raise EngineError("the triton engine has no gradient with respect to gates; leave the engine out")
     from . import choose
 
-    key = (x.device, net.dtype, tuple(x.shape[1:]))
-    covered = _COVERED.setdefault(net.model, set())
+    key = (x.device, net.dtype, tuple(x.shape[1:]), *_modules(net))
+    covered = _COVERED.setdefault(net, set())
     if key not in covered:
         choose("triton", net, x.device, net.dtype, tuple(x.shape[1:]))
         covered.add(key)
+
+
+def _modules(net: ResidualNetwork) -> Iterator[object]:
+    """What changes when a module is replaced, is given a forward of its own, or a hook is added for all modules."""
+    for module in net.model.modules():
+        yield id(module), type(module), id(vars(module).get("forward"))
+    hooks = torch.nn.modules.module
+    yield tuple(hooks._global_forward_hooks), tuple(hooks._global_forward_pre_hooks)

@@ -130,10 +130,10 @@ class TritonGradientExecutor(GradientExecutor):
     def gradients(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         """Gradients float32 [W, B, C, H, W] in every type: they are smaller than some can hold."""
         shape = self.prepared.shape
-        found = torch.empty(self.plan.words, len(images), *shape, device="cpu")
+        found = torch.empty(self.plan.words, len(images), *shape, device="cpu", dtype=torch.float32)
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
-            out = torch.empty(self.plan.words, len(part), *shape, device=self.device)
+            out = torch.empty(self.plan.words, len(part), *shape, device=self.device, dtype=torch.float32)
             with on_device(self.device):
                 share = scaled(progress, len(part) / len(images))
                 self.prepared.execute(part, labels[start : start + self.batch], out, share)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import EngineError
+from ..errors import EngineError, first_line
 from .base import Progress
 
 if TYPE_CHECKING:
@@ -30,6 +30,17 @@ BUFFERS = 4096
 # Launches between two progress reports, which is also what a CUDA graph holds: well below a second.
 SEGMENT = 256
 INTERPRETER_BYTES = 2**28
+
+
+def unusable() -> str | None:
+    """Why Triton cannot be used in this installation, or None."""
+    try:
+        interpreting()
+    except Exception as error:  # whatever a broken package does when it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "the package triton is not installed (pip install triton)"
+        return f"the package triton cannot be used ({first_line(error)}); install another version (pip install triton)"
+    return None
 
 
 def interpreting() -> bool:
@@ -67,10 +78,7 @@ class Replay:
         from ..kernels.pack import NUMBERED, pack
         from ..kernels.schedule import schedule
 
-        try:
-            self.packed = packed = pack(network, device, dtype, size)
-        except ValueError as error:
-            raise EngineError(str(error)) from None
+        self.packed = packed = pack(network, device, dtype, size)
         budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else INTERPRETER_BYTES
         image, beside = packed.state_elements * dtype.itemsize, extra(packed)
         needs = max(2, plan.least_budget) * image + beside
