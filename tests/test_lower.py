@@ -160,3 +160,11 @@ def test_lowering_leaves_the_network_alone_and_follows_it() -> None:
         model.layer1[0].bn2.weight.mul_(2)
     second = lower(net)
     torch.testing.assert_close(second.blocks[0].convs[1].weight, 2 * first.blocks[0].convs[1].weight)
+
+
+def test_broken_weights_are_called_that() -> None:
+    net = rf.wrap(network(styles.ProjectedBlock), torch.zeros(1, 3, 16, 16))
+    with torch.no_grad():
+        next(iter(net.blocks[1].parameters()))[0] = float("nan")
+    with pytest.raises(NotCovered, match=r"block 1 \(.*\) gives numbers that are not finite .* weights broken\?"):
+        lower(net)
