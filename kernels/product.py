@@ -13,8 +13,9 @@ Layout: an image is [y, x, C] with the channels last, so that the channels of a 
 are [tap, C, N]. C and N are multiples of 16 (pack.py fills up with zeros), so the reads of a tile are never masked
 along the channels and tl.dot always has a depth of at least 16.
 
-Memory traffic: each tap reads the tile of pixels again, but nine shifts of a tile overlap almost wholly, and eight of
-the nine reads come from L1. From L2 a tile is read about once, and the weights once per tile.
+Memory traffic: each tap reads the tile of pixels again, but nine shifts of a tile overlap almost wholly, so that eight
+of the nine reads can come from L1 (`load_through_l1`). From L2 come the pixels about once (1.5 times where a tile is
+four rows of an image, whose neighbours it reads too) and the weights once per tile.
 
 How work maps to programs, and why in these tiles, say the kernels that call it: conv.py and shortcut.py.
 
@@ -30,6 +31,9 @@ import triton.language as tl
 # Triton 3.9's interpreter multiplies the bit patterns of bf16 numbers. Widened operands are exact, and the products of
 # the compiled kernel are exact in fp32 too, so both sum the same numbers.
 WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# Copies of 16 bytes from global into shared memory pass L1 by unless they are told otherwise, which Triton can do from
+# 3.9 on; before, pieces of 8 bytes are what goes through it.
+PIECES_OF_8 = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9))
 
 
 @triton.jit
@@ -39,6 +43,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_through_l1(a_ptr, at, inside):
+    """The numbers at a_ptr + at [M, K], consecutive along K, of the rows inside [M]; zero elsewhere."""
+    place = a_ptr + at
+    if PIECES_OF_8:
+        place = tl.max_contiguous(place, [1, 64 // a_ptr.dtype.element_ty.primitive_bitwidth])
+    return tl.load(place, mask=inside[:, None], other=0.0, cache_modifier=".ca")
 
 
 @triton.jit
@@ -67,7 +80,7 @@ def read_pixels(
     With PROLOGUE relu(scale * a + shift), which comes before the padding: outside the image it is zero as well.
     """
     inside = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    a = tl.load(a_ptr + (((image * H + y) * W + x) * C)[:, None] + k[None, :], mask=inside[:, None], other=0.0)
+    a = load_through_l1(a_ptr, (((image * H + y) * W + x) * C)[:, None] + k[None, :], inside)
     if PROLOGUE:
         scale = tl.load(scale_ptr + k)
         shift = tl.load(shift_ptr + k)

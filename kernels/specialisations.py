@@ -74,6 +74,8 @@ class Resources:
     """bytes of shared memory for each program"""
     single_reads: int
     """how often a 16-bit number is read from global memory alone, and not in one piece with its neighbours"""
+    through_l1: bool
+    """whether there are reads that L1 keeps, in pieces of 8 or 16 bytes"""
     instructions: tuple[str, ...]
     """mma.sync, wgmma, tcgen05: those that occur"""
 
@@ -216,7 +218,8 @@ def compile_for(each: Specialisation, capability: int) -> Resources:
     found = tuple(name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx)
     spills = int(usage["STACK"]) + int(usage["LOCAL"])
     single = len(re.findall(r"ld\.global\S*\.[bu]16", ptx))
-    return Resources(int(usage["REG"]), spills, compiled.metadata.shared, single, found)
+    kept = re.search(r"cp\.async\.ca\.shared\.global [^;]*, 0x(8|10),|ld\.global\.ca\.", ptx) is not None
+    return Resources(int(usage["REG"]), spills, compiled.metadata.shared, single, kept, found)
 
 
 def main() -> None:

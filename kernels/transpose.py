@@ -34,7 +34,7 @@ The naive version is autograd through `_along` in the reference engine.
 import triton
 import triton.language as tl
 
-from .product import dot
+from .product import dot, load_through_l1
 from .shortcut import IDENTITY, PAD, PROJECTION, tile_of_step, write_tile
 from .signs import open_relu
 
@@ -58,7 +58,7 @@ def read_output(
     row, column = y // STRIDE, x // STRIDE
     inside = inside & (row < HEIGHT) & (column < WIDTH)
     at = (((image * HEIGHT + row) * WIDTH + column) * N)[:, None] + k[None, :]
-    return tl.load(g_ptr + at, mask=inside[:, None], other=0.0)
+    return load_through_l1(g_ptr, at, inside)
 
 
 @triton.jit
