@@ -1,6 +1,6 @@
 """One convolution of a block, for every step of a level at once.
 
-What it computes, for each step (source, destination, slot, gate) of the launch:
+What it computes, for each step of the launch (source, destination and slot in a table, its gate in another):
 
     t = bias[slot] + conv(v, weight[slot])       v = in, or relu(scale[slot] * in + shift[slot]) with PROLOGUE
     t = relu(t)                                  with RELU
@@ -16,22 +16,24 @@ nothing.
 How work maps to programs: axis 0 is (step, tile of BLOCK_M output pixels), axis 1 the tile of BLOCK_N output channels.
 The pixels of all images stand in one row, so small images share a tile and a batch need not fill one. Steps of one
 launch share the shapes, not the block: each program reads its row of the table, and with it which state and whose
-weights. Neighbouring steps use the same block, so its weights come from L2 once for all of them.
+weights. Neighbouring steps use the same block, so its weights come from memory once for all of them.
 
 Why two (or three) launches per block and not one: a fused block must exchange the intermediate image between programs
 or keep a whole image in one program, and Triton has no way to read a shifted tile out of registers; it would go
 through global memory all the same. Here the intermediate of a launch is small enough to stay in L2 (schedule.py cuts
-launches to that end), so fusing would save only L2 traffic, 64 bytes a pixel at 16 channels against 4,608
-multiply-adds.
+launches to that end, unless the levels are so wide that they would be thousands), so fusing would save only L2
+traffic, 64 bytes a pixel at 16 channels against 4,608 multiply-adds.
 
 Memory traffic, per pixel and step of a basic block with c channels of b bytes: the state is read twice and written
-once, the intermediate written and read once: 5cb bytes, most of it from L2, for 18c² multiply-adds. At 16 channels in
-bf16 that is 29 multiply-adds a byte, so the first stage is bound by L2 and by the instructions around the products,
-the last by the products.
+once, the intermediate written and read once: 5cb bytes, most of it from L2 (up to 6cb with the rows that neighbouring
+tiles share), for 18c² multiply-adds; and 9c²b bytes of weights for each convolution and tile. At 16 channels in bf16
+that is some 25 multiply-adds a byte, so the first stage is bound by L2 and by the instructions around the products, the
+last by the products. benchmarks/TRITON_NOTES.md has the sums.
 
-Why this tiling: 128 pixels by as many channels as fit (tiles.py), because every tile of channels reads its pixels nine
-times anew, while the weights are shared by all tiles. A tile's sums then take at most 64 registers a thread, which
-leaves enough for the operands of the next pass; a pass is at most 128 bytes of a pixel's channels, one cache line.
+Why this tiling: 128 pixels (fp32: 64) by as many channels as fit (tiles.py), because every tile of channels reads its
+pixels nine times anew, while the weights are shared by all pixels of a tile. A tile's sums then take at most 64
+registers a thread, which leaves enough for the operands of the next pass; a pass is at most 128 bytes of a pixel's
+channels, one cache line.
 
 The result of a pixel does not depend on which pixels share its tile: the order of the products depends on the shapes
 and BLOCK_K alone. So a configuration's states are bitwise the same in any batch and any sweep.
@@ -66,8 +68,8 @@ def conv(
     in_size,  # elements from one image batch to the next
     out_size,
     state_size,
-    C: tl.constexpr,
-    N: tl.constexpr,
+    C: tl.constexpr,  # channels in, as they are stored
+    N: tl.constexpr,  # channels out
     CHANNELS: tl.constexpr,  # those of the N that are real
     H: tl.constexpr,
     W: tl.constexpr,
@@ -81,10 +83,10 @@ def conv(
     FROM_STATE: tl.constexpr,
     LAST: tl.constexpr,
     CLOSING: tl.constexpr,
-    X_C: tl.constexpr,
+    X_C: tl.constexpr,  # the state that came into the block
     X_H: tl.constexpr,
     X_W: tl.constexpr,
-    SHORTCUT: tl.constexpr,
+    SHORTCUT: tl.constexpr,  # and what its shortcut is; 0 but for LAST
     S_KERNEL: tl.constexpr,
     S_STRIDE: tl.constexpr,
     S_PADDING: tl.constexpr,

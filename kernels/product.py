@@ -14,7 +14,7 @@ are [tap, C, N]. C and N are multiples of 16 (pack.py fills up with zeros), so t
 along the channels and tl.dot always has a depth of at least 16.
 
 Memory traffic: each tap reads the tile of pixels again, but nine shifts of a tile overlap almost wholly, so that eight
-of the nine reads can come from L1 (`load_through_l1`). From L2 come the pixels about once (1.5 times where a tile is
+of the nine reads can come from L1 (`load`). From L2 come the pixels about once (1.5 times where a tile is
 four rows of an image, whose neighbours it reads too) and the weights once per tile.
 
 How work maps to programs, and why in these tiles, say the kernels that call it: conv.py and shortcut.py.
@@ -46,12 +46,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_through_l1(a_ptr, at, inside):
-    """The numbers at a_ptr + at [M, K], consecutive along K, of the rows inside [M]; zero elsewhere."""
+def load(a_ptr, at, inside, AGAIN: tl.constexpr):
+    """The numbers at a_ptr + at [M, K], consecutive along K, of the rows inside [M]; zero elsewhere.
+
+    AGAIN: other taps will read most of them again, so they should stay in L1.
+    """
     place = a_ptr + at
-    if PIECES_OF_8:
+    if AGAIN and PIECES_OF_8:
         place = tl.max_contiguous(place, [1, 64 // a_ptr.dtype.element_ty.primitive_bitwidth])
-    return tl.load(place, mask=inside[:, None], other=0.0, cache_modifier=".ca")
+    return tl.load(place, mask=inside[:, None], other=0.0, cache_modifier=".ca" if AGAIN else "")
 
 
 @triton.jit
@@ -74,13 +77,14 @@ def read_pixels(
     H: tl.constexpr,
     W: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """The channels k of pixels (image, y, x), [M, K] in the type of the state; zero outside the image.
 
     With PROLOGUE relu(scale * a + shift), which comes before the padding: outside the image it is zero as well.
     """
     inside = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    a = load_through_l1(a_ptr, (((image * H + y) * W + x) * C)[:, None] + k[None, :], inside)
+    a = load(a_ptr, (((image * H + y) * W + x) * C)[:, None] + k[None, :], inside, AGAIN)
     if PROLOGUE:
         scale = tl.load(scale_ptr + k)
         shift = tl.load(shift_ptr + k)
@@ -105,16 +109,17 @@ def read_pooled(
     W: tl.constexpr,
     PROLOGUE: tl.constexpr,
     POOL: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """As `read_pixels`, but of the image averaged over POOL x POOL pixels (0 and 1: as it is)."""
     if POOL <= 1:
-        a = read_pixels(a_ptr, scale_ptr, shift_ptr, image, y, x, inside, k, C, H, W, PROLOGUE)
+        a = read_pixels(a_ptr, scale_ptr, shift_ptr, image, y, x, inside, k, C, H, W, PROLOGUE, AGAIN)
     else:
         inside = inside & (y >= 0) & (y < H // POOL) & (x >= 0) & (x < W // POOL)
         total = tl.zeros([image.shape[0], k.shape[0]], tl.float32)
         for i in tl.static_range(POOL * POOL):
             row, column = y * POOL + i // POOL, x * POOL + i % POOL
-            part = read_pixels(a_ptr, scale_ptr, shift_ptr, image, row, column, inside, k, C, H, W, PROLOGUE)
+            part = read_pixels(a_ptr, scale_ptr, shift_ptr, image, row, column, inside, k, C, H, W, PROLOGUE, AGAIN)
             total += part.to(tl.float32)
         a = (total * (1.0 / (POOL * POOL))).to(a_ptr.dtype.element_ty)
     return a
@@ -151,7 +156,9 @@ def product(
         k = (i % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
         row = y * STRIDE - PADDING + tap // KERNEL
         column = x * STRIDE - PADDING + tap % KERNEL
-        a = read_pooled(a_ptr, scale_ptr, shift_ptr, image, row, column, inside, k, C, H, W, PROLOGUE, POOL)
+        a = read_pooled(
+            a_ptr, scale_ptr, shift_ptr, image, row, column, inside, k, C, H, W, PROLOGUE, POOL, KERNEL > 1
+        )  # fmt: skip
         b = tl.load(weight_ptr + ((tap * C + k) * N)[:, None] + n[None, :], mask=(n < N)[None, :], other=0.0)
         acc = dot(a, b, acc, PRECISION)
     return acc

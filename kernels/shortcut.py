@@ -65,7 +65,7 @@ def add_shortcut(
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
     elif SHORTCUT == IDENTITY:
         # Channels beyond N, which are not stored, read others; a mask would break the reads into single numbers.
-        v = read_pixels(x_ptr, scale_ptr, shift_ptr, image, y, x, inside, n % N, X_C, X_H, X_W, S_PROLOGUE)
+        v = read_pixels(x_ptr, scale_ptr, shift_ptr, image, y, x, inside, n % N, X_C, X_H, X_W, S_PROLOGUE, False)
         acc += v.to(tl.float32)
     elif SHORTCUT == PAD:
         k = n - S_BEFORE
@@ -75,7 +75,7 @@ def add_shortcut(
         read = ((S_BEFORE + X_C - 1) // X_C * X_C + k) % X_C
         v = read_pooled(
             x_ptr, scale_ptr, shift_ptr, image, y * S_STRIDE, x * S_STRIDE, inside, read,
-            X_C, X_H, X_W, S_PROLOGUE, S_POOL,
+            X_C, X_H, X_W, S_PROLOGUE, S_POOL, False,
         )  # fmt: skip
         acc += tl.where(here[None, :], v.to(tl.float32), 0.0)
     return acc

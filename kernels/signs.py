@@ -12,10 +12,10 @@ written, not where it is read: a shifted product reads every element nine times,
 be unpacked again.
 
 How work maps to programs: each takes BLOCK words of 16 elements, 32 a thread: enough reads under way, few enough to
-stay in registers. Memory traffic: an activation is read once for an
-eighth (in fp16; fp32: a sixteenth) of a byte written for each byte; one pass over the activations of a single forward,
-against a backward pass for every path. ResNet-110 keeps 129 KB an image this way, where the activations are 2 MB. It
-is a kernel of its own, so that the forward of the gradients is the forward of every study, bit by bit.
+stay in registers. Memory traffic: an activation is read once, and a sixteenth of it (fp32: a thirty-second) written;
+one pass over the activations of a single forward, against a backward pass for every path. ResNet-110 keeps 129 KB an
+image this way, where the activations are 2 MB. It is a kernel of its own, so that the forward of the gradients is the
+forward of every study, bit by bit.
 
 The naive version is what autograd saves for each ReLU in `_along` of the reference engine.
 """

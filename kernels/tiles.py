@@ -6,7 +6,8 @@ resens_fast.kernels.tune` times the candidates on the card at hand and keeps the
 nothing is ever tuned by itself, so the first call costs only the compilation.
 
 BLOCK_K is no choice: it decides the order of the sums, so it follows from the shape alone and a tuned machine adds up
-in the same order as any other.
+in the same order as any other. (Within a product of BLOCK_K the card's matrix instruction does, and another tile may
+take another one.)
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def _block_n(channels: int, most: int) -> int:
 def default(channels: int, dtype: torch.dtype, capability: int) -> Tile:
     """For `channels` output channels; capability is 80 for sm_80, and so on.
 
-    fp32 without TF32 runs on the ordinary units, where every operand passes through registers: small tiles. On sm_90
-    and sm_100 a product of 128 pixels by 128 channels is issued by two groups of four warps, elsewhere by eight single
-    ones. A fourth stage fits only there: a program of sm_86, sm_89 or sm_120 gets 99 KB of shared memory.
+    fp32 runs on the ordinary units, where every operand passes through registers: small tiles, and the same with TF32.
+    On sm_90 and sm_100 a product of 128 pixels by 128 channels is issued by two groups of four warps, elsewhere by
+    eight single ones. A fourth stage fits only there: a program of sm_86, sm_89 or sm_120 gets 99 KB of shared memory,
+    and on sm_80 one of 64 channels would be alone on its multiprocessor.
     """
     if dtype == torch.float32:
         return Tile(64, _block_n(channels, 32), 4, 2)

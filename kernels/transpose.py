@@ -34,7 +34,7 @@ The naive version is autograd through `_along` in the reference engine.
 import triton
 import triton.language as tl
 
-from .product import dot, load_through_l1
+from .product import dot, load
 from .shortcut import IDENTITY, PAD, PROJECTION, tile_of_step, write_tile
 from .signs import open_relu
 
@@ -51,6 +51,7 @@ def read_output(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """The gradient [M, K] of the output pixels (y, x) / STRIDE; zero where that is no pixel."""
     # A negative y fails one of the tests whichever way it is divided.
@@ -58,7 +59,7 @@ def read_output(
     row, column = y // STRIDE, x // STRIDE
     inside = inside & (row < HEIGHT) & (column < WIDTH)
     at = (((image * HEIGHT + row) * WIDTH + column) * N)[:, None] + k[None, :]
-    return load_through_l1(g_ptr, at, inside)
+    return load(g_ptr, at, inside, AGAIN)
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def product_transposed(
         tap = i // CHUNKS
         k = (i % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
         row, column = y + PADDING - tap // KERNEL, x + PADDING - tap % KERNEL
-        g = read_output(g_ptr, image, row, column, inside, k, N, HEIGHT, WIDTH, STRIDE)
+        g = read_output(g_ptr, image, row, column, inside, k, N, HEIGHT, WIDTH, STRIDE, KERNEL > 1)
         w = tl.load(weight_ptr + ((tap * C + c) * N)[None, :] + k[:, None], mask=(c < C)[None, :], other=0.0)
         acc = dot(g, w, acc, PRECISION)
     return acc
@@ -207,10 +208,11 @@ def shortcut_transpose(
     elif SHORTCUT == IDENTITY:
         # Here and below channels beyond C, which are not stored, read others; a mask would break the reads into single
         # numbers.
-        acc = read_output(g_ptr, image, y, x, pooled, c % C, N, HEIGHT, WIDTH, 1).to(tl.float32)
+        acc = read_output(g_ptr, image, y, x, pooled, c % C, N, HEIGHT, WIDTH, 1, False).to(tl.float32)
     else:
         tl.static_assert(SHORTCUT == PAD)
-        acc = read_output(g_ptr, image, y, x, pooled, (c + BEFORE) % N, N, HEIGHT, WIDTH, STRIDE).to(tl.float32)
+        k = (c + BEFORE) % N
+        acc = read_output(g_ptr, image, y, x, pooled, k, N, HEIGHT, WIDTH, STRIDE, False).to(tl.float32)
     if POOL > 1:
         acc *= 1.0 / (POOL * POOL)
     if PROLOGUE:

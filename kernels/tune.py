@@ -1,4 +1,4 @@
-"""Times the candidate tiles of a network's convolutions on the card at hand and keeps the fastest for this machine.
+"""Times candidate tiles for the convolutions of a CIFAR ResNet's blocks on the card at hand and keeps the fastest.
 
     python -m resens_fast.kernels.tune [--depth 110] [--dtype bfloat16]
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     arguments = parser.parse_args()
     try:
-        nets = [rf.wrap(rf.models.resnet(arguments.depth, preactivation=form).eval()) for form in (True, False)]
+        models = [rf.models.resnet(arguments.depth, preactivation=form).eval() for form in (True, False)]
     except ResensError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
@@ -88,8 +88,8 @@ def main() -> None:
         tiles.save(file, found)  # that it cannot be written is better known now than after minutes
     except (ResensError, OSError) as error:
         parser.error(f"the tiles cannot be kept: {error}")
-    for net in nets:
-        packed = pack(lower(net), device, getattr(torch, arguments.dtype))
+    for model in models:
+        packed = pack(lower(rf.wrap(model)), device, getattr(torch, arguments.dtype))
         found |= tune(packed, 10 * major + minor)
     tiles.save(file, found)
     print(f"{len(found)} tiles in {file}")

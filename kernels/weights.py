@@ -66,7 +66,7 @@ def weight_gradient(
         y = pixel // WIDTH * STRIDE - PADDING + tap // KERNEL
         x = pixel % WIDTH * STRIDE - PADDING + tap % KERNEL
         image = index // (HEIGHT * WIDTH)
-        v = read_pooled(in_ptr, scale_ptr, shift_ptr, image, y, x, inside, c, C, H, W, PROLOGUE, POOL)
+        v = read_pooled(in_ptr, scale_ptr, shift_ptr, image, y, x, inside, c, C, H, W, PROLOGUE, POOL, False)
         g = tl.load(g_ptr + (index * N)[:, None] + n[None, :], mask=inside[:, None], other=0.0)
         acc = dot(tl.trans(v), g, acc, PRECISION)
     at = (((split * (KERNEL * KERNEL) + tap) * C + c) * N)[:, None] + n[None, :]

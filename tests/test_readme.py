@@ -29,6 +29,11 @@ def test_python_blocks_run_one_after_another(tmp_path: Path, monkeypatch: pytest
     assert names["study"].complete
 
 
+def test_fences_come_in_pairs() -> None:
+    fences = re.findall(r"^```(.*)$", TEXT, re.M)
+    assert all(opening and not closing for opening, closing in zip(fences[::2], fences[1::2], strict=True)), fences
+
+
 def test_commands_parse() -> None:
     group: Any = typer.main.get_command(app)
     shell = "\n".join(code for language, code in BLOCKS if language == "sh")

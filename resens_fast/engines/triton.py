@@ -1,4 +1,5 @@
-"""The plan's levels in Triton: one launch advances every configuration that is alive, for all images.
+"""The plan's levels in Triton: a launch advances the configurations of a level that wait for equal blocks, for all
+images.
 
 It serves where the compiled CUDA engine is not: in an installation without nvcc, and on other cards. The kernels and
 their launches are in `resens_fast.kernels`, the memory in triton_memory.py, the way back in triton_gradients.py.
