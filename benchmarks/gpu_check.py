@@ -51,6 +51,7 @@ class Check:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
         self.began = time.perf_counter()
         self.result: dict[str, Any] = {"sections": {}, "rows": []}
         self.peak = 0.0
@@ -95,7 +96,6 @@ class Check:
 
     def save(self) -> None:
         folder = Path(self.arguments.out)
-        folder.mkdir(parents=True, exist_ok=True)
         draft = folder / "gpu_check.json.new"
         draft.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
         draft.replace(folder / "gpu_check.json")
@@ -308,10 +308,9 @@ def main() -> None:
     if not arguments.out:
         parser.error("--out DIR is needed: the folder for gpu_check.json")
     try:
-        os.makedirs(arguments.out, exist_ok=True)
+        check = Check(arguments)
     except OSError as error:
         parser.error(f"--out: {error}")
-    check = Check(arguments)
     check.section("environment", environment, 0)
     check.section("build", build, 60)
     for name in ALONE:

@@ -13,6 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+# One network for each kind of block.
+KINDS: dict[str, dict[str, Any]] = {
+    "post-pad": {"depth": 20, "preactivation": False, "option": "pad"},
+    "post-projection": {"depth": 20, "preactivation": False},
+    "pre-projection": {"depth": 20},
+    "pre-bottleneck": {"depth": 29, "bottleneck": True},
+    "post-bottleneck": {"depth": 29, "bottleneck": True, "preactivation": False},
+}
+
 
 def network(depth: int, **options: Any) -> Any:
     """A wrapped network with batch norms as after training."""
@@ -48,15 +57,8 @@ def values(dtype: torch.dtype) -> dict[str, float]:
     import resens_fast as rf
 
     found = {}
-    kinds: dict[str, dict[str, Any]] = {
-        "post-pad": {"preactivation": False, "option": "pad"},
-        "post-projection": {"preactivation": False},
-        "pre-projection": {},
-        "pre-bottleneck": {"bottleneck": True},
-        "post-bottleneck": {"bottleneck": True, "preactivation": False},
-    }
-    for name, options in kinds.items():
-        net = network(29 if "bottleneck" in name else 20, **options)
+    for name, options in KINDS.items():
+        net = network(**options)
         gates = np.linspace(-1, 1.5, 2 * len(net.blocks)).reshape(2, -1)
         sweep = rf.sweeps.single(net) + rf.sweeps.swap_random(net, k=2, samples=4) + rf.sweeps.from_gates(net, gates)
         made, executor = prepared(net, sweep, dtype)
@@ -84,16 +86,9 @@ def gradients(dtype: torch.dtype) -> dict[str, float]:
     from resens_fast.gradient_plan import gradient_plan
 
     found = {}
-    kinds: dict[str, dict[str, Any]] = {
-        "post-pad": {"preactivation": False, "option": "pad"},
-        "post-projection": {"preactivation": False},
-        "pre-projection": {},
-        "pre-bottleneck": {"bottleneck": True},
-        "post-bottleneck": {"bottleneck": True, "preactivation": False},
-    }
     device = torch.device("cuda", torch.cuda.current_device())
-    for name, options in kinds.items():
-        net = network(29 if "bottleneck" in name else 20, **options)
+    for name, options in KINDS.items():
+        net = network(**options)
         paths = rf.sweeps.paths(net, [0, 1, 4, 9], samples=4, seed=0)
         made = gradient_plan(net, paths)
         executor = TritonEngine().prepare_gradients(net, made, device, dtype, "first_block")

@@ -29,7 +29,8 @@ The naive version is autograd of `_loss`, and `norms`, in the reference engine.
 import triton
 import triton.language as tl
 
-LARGEST = tl.constexpr(3.4028234663852886e38)
+from .head import LARGEST
+
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(-1e9)
 

@@ -73,9 +73,10 @@ class ImageReader:
         have = sum(len(labels) for _, labels in self._left)
         while have < count and (batch := self._next()) is not None:
             images, labels = self._check(batch)
-            if list(images.shape[1:]) != (self._size or list(images.shape[1:])):
-                raise _of_two_sizes(f"{self._size} and {list(images.shape[1:])}")
-            self._size = list(images.shape[1:])
+            size = list(images.shape[1:])
+            if self._size not in (None, size):
+                raise _of_two_sizes(f"{self._size} and {size}")
+            self._size = size
             self._left.append((images, labels))
             have += len(labels)
         return have

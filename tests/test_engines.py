@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset
 
 import resens_fast as rf
 from resens_fast import sweeps
 from resens_fast.engines.base import LOSS_LIMIT, LOSS_SCALE, Tally, count, cross_entropy
 from resens_fast.errors import DataError, EngineError, SweepError, WrapError
+from resens_fast.images import ImageReader
 from tests.conftest import small_resnet
 
 NETS = {
@@ -238,3 +240,18 @@ def test_auto_passes_over_fused_engines_that_do_not_fit(net: rf.ResidualNetwork,
         assert "forward hook" in study.manifest["engine"]["passed_over"]["cpu"]
     finally:
         handle.remove()
+
+
+def test_images_do_not_change_their_size_midway() -> None:
+    """Also not between the pieces that an engine takes, of which only the first was shown to the network."""
+
+    class Batches(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for size in (16, 16, 20):
+                yield torch.randn(2, 3, size, size), torch.zeros(2, dtype=torch.int64)
+
+    net = rf.wrap(small_resnet(), torch.zeros(1, 3, 16, 16))
+    reader = ImageReader(DataLoader(Batches(), batch_size=None), net.structure)
+    assert len(reader.take(2)[0]) == len(reader.take(2)[0]) == 2
+    with pytest.raises(DataError, match=r"different sizes, \[3, 16, 16\] and \[3, 20, 20\]"):
+        reader.take(2)

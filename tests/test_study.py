@@ -17,13 +17,12 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import binomtest
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import resens_fast as rf
 from resens_fast import engines, sweeps
 from resens_fast import evaluate as _  # noqa: F401
 from resens_fast.errors import DataError, StudyError
-from resens_fast.images import ImageReader
 from resens_fast.study import wilson_interval
 from tests.conftest import small_resnet
 
@@ -360,20 +359,6 @@ def test_another_image_size_goes_where_the_network_takes_it(
     small = torch.randn(40, 3, 0, 16)
     with pytest.raises(DataError, match=r"\[40, 3, 0, 16\]"):
         rf.evaluate(net, make(net), (small, labels), progress=False)
-
-
-def test_images_do_not_change_their_size_midway(net: rf.ResidualNetwork) -> None:
-    """Also not between the pieces that an engine takes, of which only the first was shown to the network."""
-
-    class Batches(IterableDataset):  # type: ignore[type-arg]
-        def __iter__(self):  # type: ignore[no-untyped-def]
-            for size in (16, 16, 20):
-                yield torch.randn(2, 3, size, size), torch.zeros(2, dtype=torch.int64)
-
-    reader = ImageReader(DataLoader(Batches(), batch_size=None), net.structure)
-    assert len(reader.take(2)[0]) == len(reader.take(2)[0]) == 2
-    with pytest.raises(DataError, match=r"different sizes, \[3, 16, 16\] and \[3, 20, 20\]"):
-        reader.take(2)
 
 
 def test_wilson_interval_is_scipys() -> None:
